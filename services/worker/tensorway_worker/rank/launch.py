@@ -1,0 +1,91 @@
+"""What a node tells a rank process at its start, and what the rank tells the node while it lives.
+
+The node writes one JSON line (a `RankLaunch`) to the rank's standard input and keeps that pipe open: its end means that the node has gone.
+The rank writes one JSON line per `RankStatus` to the file descriptor named by the environment variable `TENSORWAY_STATUS_FD`, at each change
+of state and as a heartbeat every `heartbeat_s` seconds. torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) are
+in the environment. Anything the rank prints goes to the node's log and is kept as the "last lines" of a failure.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Final
+
+STATUS_FD_VARIABLE: Final = "TENSORWAY_STATUS_FD"
+
+#: States of a rank, in order; the same words as `tensorway.v1.GroupState`.
+STARTING: Final = "starting"
+LOADING: Final = "loading"
+WARMING: Final = "warming"
+READY: Final = "ready"
+STOPPING: Final = "stopping"
+FAILED: Final = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class RankLaunch:
+    """One rank's orders."""
+
+    model_path: str
+    model: str
+    revision: str
+    #: Id of the group, unique in the mesh.
+    group: str
+    epoch: int
+    rank: int
+    world_size: int
+    pipeline: int
+    tensor: int
+    node: str
+    #: Registry URL, e.g. `directory:/run/tensorway`.
+    registry: str
+    #: Where the leader listens: `host:0` or `unix:path`.
+    listen: str
+    #: Host name that others dial; empty: the one of `listen`.
+    advertise_host: str
+    #: A 0700 directory for this epoch's rendezvous.
+    rendezvous_dir: str
+    #: Torch threads.
+    threads: int
+    #: `cpu` or `cuda:N`.
+    device: str
+    #: `completion-queue` or `aio`.
+    transport: str
+    max_message_bytes: int
+    heartbeat_s: float
+    #: Seconds a stopping rank may spend on batches it has accepted.
+    grace_s: float
+    log_level: str
+    log_format: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> RankLaunch:
+        return cls(**json.loads(line))
+
+
+@dataclass(frozen=True, slots=True)
+class RankStatus:
+    """One line from a rank to its node."""
+
+    state: str
+    #: One sentence: what is being loaded, or why it failed.
+    detail: str = ""
+    #: Progress of the state, 0 to 1; negative where unknown.
+    fraction: float = -1.0
+    #: Set from READY on, for the leader.
+    endpoint: str = ""
+    #: Steps finished since the start: shows a hung torch thread.
+    num_steps: int = 0
+    #: Seconds the running step has taken so far; 0 while idle.
+    step_running_s: float = 0.0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> RankStatus:
+        return cls(**json.loads(line))
