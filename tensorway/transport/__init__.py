@@ -1,0 +1,73 @@
+"""The transport: the only place of Tensorway that touches grpcio.
+
+Everything is imported on first use, so that reading `tensorway.transport.port` costs no import of grpc.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+from tensorway.errors import FailedPrecondition
+from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES, LinkClient, Server, ServerOptions
+
+if TYPE_CHECKING:
+    from tensorway.transport.channel import AsyncChannel, BlockingChannel, UnaryReply, check_health
+    from tensorway.transport.health import HealthService
+    from tensorway.transport.link_server import LinkServer
+    from tensorway.transport.reflection import add_reflection
+
+__all__ = [
+    "AsyncChannel",
+    "BlockingChannel",
+    "HealthService",
+    "LinkServer",
+    "UnaryReply",
+    "add_reflection",
+    "check_health",
+    "create_link_client",
+    "create_server",
+]
+
+_HOME_OF: Final = {
+    "AsyncChannel": "channel",
+    "BlockingChannel": "channel",
+    "UnaryReply": "channel",
+    "check_health": "channel",
+    "HealthService": "health",
+    "LinkServer": "link_server",
+    "add_reflection": "reflection",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Imports the module that holds `name` the first time it is asked for."""
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = found
+    return found
+
+
+def create_server(options: ServerOptions) -> Server:
+    """A gRPC server, not yet bound. Raises FailedPrecondition where `options.implementation` is not known."""
+    if options.implementation == "completion-queue":
+        from tensorway.transport.completion_queue_server import CompletionQueueServer
+
+        return CompletionQueueServer(options)
+    if options.implementation == "aio":
+        from tensorway.transport.aio_server import AioServer
+
+        return AioServer(options)
+    raise FailedPrecondition(
+        f"transport {options.implementation!r} is not known: use completion-queue or aio", field="implementation"
+    )
+
+
+def create_link_client(endpoint: str, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> LinkClient:
+    """A link to the service at `endpoint`; it connects once its `run` runs. One payload may be `max_message_bytes` long."""
+    from tensorway.transport.aio_wire import AioWire
+    from tensorway.transport.link_client import StreamLinkClient
+
+    return StreamLinkClient(endpoint, max_message_bytes, AioWire)

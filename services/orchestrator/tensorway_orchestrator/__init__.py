@@ -1,0 +1,1 @@
+"""The orchestrator: queues, batches and routes requests, and retries lost attempts. Imports neither torch nor numpy."""

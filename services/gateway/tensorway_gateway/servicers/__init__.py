@@ -1,0 +1,1 @@
+"""One module a dialect, and the only places besides `wire` that see protobuf."""

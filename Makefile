@@ -1,0 +1,74 @@
+# Every command a person or CI runs. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+MODELS ?= models
+PYTEST_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install models run up test test-unit test-integration check format protos bench fuzz clean
+
+help: ## List the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+# A stamp, so that an unchanged pyproject.toml costs nothing. torch goes first and by its exact pin: any range would pull a CUDA build.
+$(VENV)/.installed: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not on PATH; install Python 3.11 or set PYTHON=…" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); apt-get install -y --no-install-recommends python3-venv && $(PYTHON) -m venv $(VENV); }
+	$(BIN)/pip install --quiet --progress-bar off "pip>=24"
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e '.[worker,dev]'
+	@touch $@
+
+install: $(VENV)/.installed ## Create .venv with everything
+
+# The base distribution alone, to prove that gateway and orchestrator need no torch.
+.venv-base/.installed: pyproject.toml
+	test -x .venv-base/bin/python || $(PYTHON) -m venv .venv-base
+	.venv-base/bin/pip install --quiet -e .
+	@touch $@
+
+# NVIDIA's own client, in a process and environment of its own: two copies of `inference.*` must not meet in one descriptor pool.
+.venv-triton/.installed: Makefile
+	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/pip install --quiet 'tritonclient[grpc]==2.73.0'
+	@touch $@
+
+models: install ## Fetch the files that the models in models/ declare
+	$(BIN)/tensorway models fetch $(MODELS)
+
+run: install ## Fetch models, start a whole mesh here, show real answers, serve until Ctrl-C
+	@exec $(BIN)/tensorway up $(MODELS) --demo
+
+test: install .venv-base/.installed .venv-triton/.installed models ## Set up and run every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-unit: install ## Only the quick tests
+	$(BIN)/python -m pytest tests/unit tests/contract -m 'not models' $(PYTEST_ARGS)
+
+check: install ## Lint, types, house rules, contract and generated stubs
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint
+	$(BIN)/python tests/check_stubs.py $(BIN)/python
+
+format: install ## Sort imports and mend what ruff can
+	$(BIN)/ruff check --fix .
+
+protos: install ## Generate the Python stubs from protos/
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. protos/tensorway/v1/*.proto protos/tensorway/compat/*.proto
+	$(BIN)/python -m grpc_tools.protoc -I protos --grpc_python_out=. $(addprefix protos/tensorway/v1/,$(addsuffix .proto,inference model mesh node link))
+
+bench: install models ## Measure the running mesh with h2load and perf-analyzer; writes benchmarks/results.md
+	$(BIN)/python -m benchmarks.run
+
+fuzz: install ## The long form of the fuzz at the door
+	TENSORWAY_FUZZ_CASES=2000000 $(BIN)/python -m pytest tests/contract/gateway -k fuzz --timeout=3600
+
+clean: ## Remove environments, caches and fetched files
+	rm -rf .venv .venv-base .venv-triton .tools .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info models/*/files

@@ -1,0 +1,76 @@
+"""`tensorway.v1.InferenceService`: the native dialect."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from tensorway.errors import InvalidRequest
+from tensorway.tensors import Tensor
+from tensorway.transport.port import Call, Server
+from tensorway.v1 import inference_pb2
+from tensorway_gateway.path import RequestPath
+from tensorway_gateway.requests import MAX_NUM_DIMENSIONS, MAX_NUM_ITEMS, Answered, Arrival
+from tensorway_gateway.wire import DTYPES, describe_tensor, read_parameters, varint, write_parameters
+
+SERVICE: Final = "tensorway.v1.InferenceService"
+#: Tags of `InferResponse.outputs` and of `Tensor.data`, both field 4 with a length.
+_OUTPUT_TAG: Final = b"\x22"
+_DATA_TAG: Final = b"\x22"
+
+
+class InferenceServicer:
+    """Answers Infer."""
+
+    def __init__(self, path: RequestPath) -> None:
+        self._path = path
+
+    def attach(self, server: Server) -> None:
+        server.add_unary(f"/{SERVICE}/Infer", self.infer)
+
+    async def infer(self, message: bytes, call: Call) -> bytes:
+        """InferRequest bytes in, InferResponse bytes out."""
+        arrived_s = time.monotonic()
+        request = self._read(message, arrived_s)
+        return _write(await self._path.run(request, call), request.model)
+
+    def _read(self, message: bytes, arrived_s: float) -> Arrival:
+        try:
+            request = inference_pb2.InferRequest.FromString(message)
+        except DecodeError as error:
+            raise InvalidRequest("the message is no InferRequest", field="request") from error
+        if len(request.inputs) > MAX_NUM_ITEMS or len(request.output_names) > MAX_NUM_ITEMS:
+            raise InvalidRequest(f"inputs: more than {MAX_NUM_ITEMS} inputs or output names", field="inputs")
+        num_bytes = 0
+        inputs: list[Tensor] = []
+        for index, tensor in enumerate(request.inputs):
+            dtype = DTYPES.get(tensor.dtype)
+            if dtype is None:
+                raise InvalidRequest(f"inputs[{index}].dtype: {tensor.dtype} is no data type", field=f"inputs[{index}].dtype")
+            if len(tensor.shape) > MAX_NUM_DIMENSIONS:
+                raise InvalidRequest(f"inputs[{index}].shape: has {len(tensor.shape)} dimensions", field=f"inputs[{index}].shape")
+            # Each access of a bytes field copies it: once is enough.
+            content = tensor.data
+            num_bytes += len(content)
+            inputs.append(Tensor(tensor.name, dtype, tuple(tensor.shape), content))
+        return Arrival(
+            model=request.model, revision=request.revision, is_version=False, request_id=self._path.request_id(request.request_id),
+            inputs=tuple(inputs), output_names=tuple(request.output_names), parameters=read_parameters(request.parameters),
+            priority=request.priority, timeout_s=None, num_bytes=num_bytes, arrived_s=arrived_s,
+        )
+
+
+def _write(answered: Answered, model: str) -> bytes:
+    """A serialised InferResponse. Tensors are framed by hand, so that their bytes are copied once, into the message."""
+    answer = answered.answer
+    response = inference_pb2.InferResponse(model=model, revision=answer.revision, request_id=answered.request_id)
+    if answer.parameters:
+        write_parameters(answer.parameters, response.parameters)
+    parts: list[bytes | memoryview] = [response.SerializeToString()]
+    for head, content in zip(answer.outputs, answer.contents, strict=True):
+        described = describe_tensor(head)
+        length = varint(head.num_bytes)
+        parts += (_OUTPUT_TAG, varint(len(described) + len(_DATA_TAG) + len(length) + head.num_bytes), described, _DATA_TAG, length, *content)
+    return b"".join(parts)

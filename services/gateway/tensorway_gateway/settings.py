@@ -1,0 +1,19 @@
+"""The gateway's configuration."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from tensorway.config import ServiceSettings
+from tensorway.deadline import MAX_TIMEOUT_S
+
+
+class GatewaySettings(ServiceSettings):
+    """The gateway: takes client requests in every dialect, checks them and hands them to an orchestrator."""
+
+    listen: str = Field("0.0.0.0:8001", description="gRPC endpoint to bind: host:port (port 0 takes a free one) or unix:path.")
+    ops_listen: str = Field("0.0.0.0:8002", description="HTTP endpoint for /healthz, /readyz and /metrics; `off` for none.")
+    max_in_flight_requests: int = Field(4096, ge=1, description="Most requests at once before RESOURCE_EXHAUSTED.")
+    max_in_flight_bytes: int = Field(2 * 1024**3, ge=1, description="Most tensor bytes at once before RESOURCE_EXHAUSTED.")
+    max_timeout_s: float = Field(MAX_TIMEOUT_S, gt=0, le=MAX_TIMEOUT_S, description="Longest deadline a caller may set; a longer one is cut.")
+    orchestrator_wait_s: float = Field(5.0, ge=0, description="Seconds that a request waits while no orchestrator is connected.")

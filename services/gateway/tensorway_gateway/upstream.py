@@ -1,0 +1,188 @@
+"""The way on: one link to every registered orchestrator, and the choice among them for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from tensorway.deadline import Deadline
+from tensorway.errors import DeadlineExceeded, TensorwayError, Unavailable
+from tensorway.registry.port import ORCHESTRATOR, Registration, Registry
+from tensorway.transport import create_link_client
+from tensorway.transport.port import LinkClient, Payload, Reply
+from tensorway_gateway.choice import choose, order
+
+_LOG = logging.getLogger(__name__)
+NO_ORCHESTRATOR: Final = "no orchestrator is connected to this gateway"
+
+
+@dataclass(slots=True, eq=False)
+class Orchestrator:
+    """One registered orchestrator and its link."""
+
+    id: str
+    link: LinkClient
+    num_in_flight: int = 0
+    is_leaving: bool = False
+    has_idled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def can_take(self) -> bool:
+        return not self.is_leaving and self.link.is_connected
+
+    def begin(self) -> None:
+        self.num_in_flight += 1
+        self.has_idled.clear()
+
+    def end(self) -> None:
+        self.num_in_flight -= 1
+        if not self.num_in_flight:
+            self.has_idled.set()
+
+
+class Attempt:
+    """The sink of one sending: a future, and whether the peer still owes an answer."""
+
+    __slots__ = ("is_answered", "outcome")
+
+    def __init__(self, outcome: asyncio.Future[Reply]) -> None:
+        self.outcome = outcome
+        self.is_answered = False
+
+    def on_reply(self, head: bytes, payload: Payload) -> None:
+        self.is_answered = True
+        if not self.outcome.done():
+            self.outcome.set_result(Reply(head, payload))
+
+    def on_error(self, error: TensorwayError) -> None:
+        self.is_answered = True
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
+    def expire(self, orchestrator: str) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(
+                DeadlineExceeded(f"the deadline passed while orchestrator {orchestrator} had not answered", hop="orchestrator")
+            )
+
+
+class Upstream:
+    """All orchestrators. `on_change` is called in the loop when one connects, breaks, comes or goes."""
+
+    def __init__(self, registry: Registry, max_message_bytes: int, wait_s: float, on_change: Callable[[], None]) -> None:
+        self._registry = registry
+        self._max_message_bytes = max_message_bytes
+        self._wait_s = wait_s
+        self._on_change = on_change
+        self._orchestrators: dict[str, Orchestrator] = {}
+        self._stops: dict[str, asyncio.Event] = {}
+        #: Model -> preference; forgotten whenever the orchestrators change.
+        self._preferred: dict[str, tuple[str, ...]] = {}
+        self._connected = asyncio.Event()
+
+    @property
+    def has_connected(self) -> bool:
+        """Whether a request could be sent now."""
+        return any(orchestrator.can_take for orchestrator in self._orchestrators.values())
+
+    async def send(self, model: str, head: bytes, payload: Payload, deadline: Deadline) -> Reply:
+        """Sends one request and waits for its answer; where an orchestrator is lost or refuses before it answers, tries the next.
+
+        Raises the orchestrator's error, Unavailable where none answers, or DeadlineExceeded. Cancels at the orchestrator when cancelled.
+        """
+        tried: set[str] = set()
+        lost: Unavailable | None = None
+        while True:
+            orchestrator = self._choose(model, tried)
+            if orchestrator is None:
+                if lost is not None and self.has_connected:
+                    raise lost
+                await self._wait_connected(deadline, lost)
+                continue
+            tried.add(orchestrator.id)
+            try:
+                return await self._attempt(orchestrator, head, payload, deadline)
+            except Unavailable as error:
+                _LOG.debug("orchestrator %s did not answer: %s", orchestrator.id, error)
+                lost = error
+
+    async def run(self) -> None:
+        """Follows the registry until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            async for registrations in self._registry.watch(ORCHESTRATOR):
+                live = {f"{registration.id}@{registration.endpoint}": registration for registration in registrations}
+                for gone in self._stops.keys() - live.keys():
+                    self._stops.pop(gone).set()
+                for new in live.keys() - self._stops.keys():
+                    self._stops[new] = stop = asyncio.Event()
+                    tasks.create_task(self._keep(new, live[new], stop), name=f"orchestrator {new}")
+
+    def _choose(self, model: str, tried: set[str]) -> Orchestrator | None:
+        orchestrators = self._orchestrators
+        if len(orchestrators) == 1 and not tried:
+            (only,) = orchestrators.values()
+            return only if only.can_take else None
+        preferred = self._preferred.get(model)
+        if preferred is None:
+            preferred = self._preferred[model] = order(model, orchestrators)
+        in_flight = {
+            name: orchestrator.num_in_flight for name, orchestrator in orchestrators.items() if name not in tried and orchestrator.can_take
+        }
+        chosen = choose(preferred, in_flight)
+        return None if chosen is None else orchestrators[chosen]
+
+    async def _attempt(self, orchestrator: Orchestrator, head: bytes, payload: Payload, deadline: Deadline) -> Reply:
+        loop = asyncio.get_running_loop()
+        attempt = Attempt(loop.create_future())
+        request_id = orchestrator.link.send(head, payload, deadline, attempt)
+        timer = loop.call_later(max(0.0, deadline.remaining_s()), attempt.expire, orchestrator.id)
+        orchestrator.begin()
+        try:
+            return await attempt.outcome
+        finally:
+            timer.cancel()
+            orchestrator.end()
+            if not attempt.is_answered:
+                orchestrator.link.cancel(request_id)
+
+    async def _wait_connected(self, deadline: Deadline, lost: Unavailable | None) -> None:
+        """Returns once one can take requests; raises Unavailable after the configured wait, or DeadlineExceeded."""
+        remaining_s = deadline.remaining_s()
+        self._connected.clear()
+        try:
+            async with asyncio.timeout(min(self._wait_s, remaining_s)):
+                await self._connected.wait()
+        except TimeoutError:
+            if remaining_s <= self._wait_s:
+                raise DeadlineExceeded(f"the deadline passed while {NO_ORCHESTRATOR}", hop="gateway") from lost
+            raise Unavailable(f"{NO_ORCHESTRATOR}; waited {self._wait_s:g} s for one", retry_after_s=1.0) from lost
+
+    async def _keep(self, name: str, registration: Registration, stop: asyncio.Event) -> None:
+        """One orchestrator from its registration to its end. A draining one first answers what it was sent."""
+        link = create_link_client(registration.endpoint, self._max_message_bytes, on_change=self._changed)
+        orchestrator = Orchestrator(name, link)
+        orchestrator.has_idled.set()
+        self._orchestrators[name] = orchestrator
+        self._preferred.clear()
+        try:
+            async with asyncio.TaskGroup() as own:
+                running = own.create_task(link.run(), name=f"link {name}")
+                await stop.wait()
+                orchestrator.is_leaving = True
+                self._changed()
+                await orchestrator.has_idled.wait()
+                running.cancel()
+        finally:
+            orchestrator.is_leaving = True
+            del self._orchestrators[name]
+            self._preferred.clear()
+            self._changed()
+
+    def _changed(self) -> None:
+        """A link connected or broke, or an orchestrator came or went."""
+        if self.has_connected:
+            self._connected.set()
+        self._on_change()

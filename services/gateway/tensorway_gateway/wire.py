@@ -1,0 +1,134 @@
+"""Between the link's heads and the gateway's dataclasses, and the pieces of wire format that spare a copy of tensor bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from google.protobuf.message import DecodeError
+
+from tensorway.errors import InternalError, InvalidRequest
+from tensorway.tensors import Buffer, DataType, TensorHead
+from tensorway.transport.port import Payload
+from tensorway.v1 import link_pb2, tensor_pb2
+from tensorway_gateway.requests import MAX_NUM_ITEMS, Answer, Arrival, Timing, Value
+
+#: Element type by number; a number that is no type has no entry.
+DTYPES: Final[dict[int, DataType]] = {int(dtype): dtype for dtype in DataType}
+
+
+def write_request_head(arrival: Arrival, revision: str, rows: int) -> bytes:
+    """A serialised RequestHead. The tensors' bytes follow as the payload, in the same order."""
+    head = link_pb2.RequestHead(
+        request_id=arrival.request_id,
+        model=arrival.model,
+        revision=revision,
+        rows=rows,
+        priority=arrival.priority,
+        output_names=arrival.output_names,
+        inputs=[
+            link_pb2.TensorHead(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, num_bytes=len(tensor.data))  # type: ignore[arg-type]
+            for tensor in arrival.inputs
+        ],
+    )
+    if arrival.parameters:
+        write_parameters(arrival.parameters, head.parameters)
+    return head.SerializeToString()
+
+
+def read_reply(head: bytes, payload: Payload) -> Answer:
+    """Raises InternalError where the orchestrator's reply contradicts itself."""
+    try:
+        reply = link_pb2.ReplyHead.FromString(head)
+        response = link_pb2.ResponseHead.FromString(reply.response)
+    except DecodeError as error:
+        raise InternalError("the orchestrator's reply is no ReplyHead") from error
+    outputs: list[TensorHead] = []
+    for tensor in response.outputs:
+        dtype = DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise InternalError(f"output {tensor.name!r} came back with data type {tensor.dtype}, which is none")
+        outputs.append(TensorHead(tensor.name, dtype, tuple(tensor.shape), tensor.num_bytes))
+    timing = reply.timing
+    return Answer(
+        outputs=tuple(outputs),
+        contents=_cut(outputs, payload),
+        revision=reply.revision,
+        timing=Timing(
+            timing.queue_us, timing.group_us, timing.wait_us, timing.step_us, timing.prepare_us, timing.batch_rows, timing.batch_requests,
+            timing.is_first_in_batch, timing.num_attempts, timing.group,
+        ),
+        parameters=read_parameters(response.parameters),
+    )
+
+
+def read_parameters(parameters: Mapping[str, Any]) -> Mapping[str, Value]:
+    """Values of a `map<string, Parameter>`. Raises InvalidRequest for one without a value."""
+    if not parameters:
+        return {}
+    if len(parameters) > MAX_NUM_ITEMS:
+        raise InvalidRequest(f"parameters: {len(parameters)} are more than {MAX_NUM_ITEMS}", field="parameters")
+    found: dict[str, Value] = {}
+    for name, parameter in parameters.items():
+        kind = parameter.WhichOneof("value")
+        if kind is None:
+            raise InvalidRequest(f"parameters[{name!r}]: has no value", field=f"parameters[{name!r}]")
+        found[name] = getattr(parameter, kind)
+    return found
+
+
+def write_parameters(values: Mapping[str, Value], target: Any) -> None:
+    """Fills a `map<string, Parameter>`."""
+    for name, value in values.items():
+        parameter = target[name]
+        # bool first: it is an int too.
+        if isinstance(value, bool):
+            parameter.bool_value = value
+        elif isinstance(value, int):
+            parameter.int64_value = value
+        elif isinstance(value, float):
+            parameter.double_value = value
+        else:
+            parameter.string_value = value
+
+
+def describe_tensor(head: TensorHead) -> bytes:
+    """A serialised `tensorway.v1.Tensor` of everything but its bytes."""
+    return tensor_pb2.Tensor(name=head.name, dtype=head.dtype, shape=head.shape).SerializeToString()  # type: ignore[arg-type]
+
+
+def varint(number: int) -> bytes:
+    """`number` as protobuf writes a length."""
+    if number < 0x80:
+        return bytes((number,))
+    digits = bytearray()
+    while number > 0x7F:
+        digits.append(number & 0x7F | 0x80)
+        number >>= 7
+    digits.append(number)
+    return bytes(digits)
+
+
+def _cut(outputs: list[TensorHead], payload: Payload) -> tuple[Payload, ...]:
+    """The segments of each output, none copied. Raises InternalError where the bytes are not exactly those of the outputs."""
+    if len(outputs) == 1 and len(payload) == 1 and len(payload[0]) == outputs[0].num_bytes:
+        return (payload,)
+    segments = iter([segment for segment in payload if len(segment)])
+    rest: Buffer = b""
+    contents: list[Payload] = []
+    for head in outputs:
+        pieces: list[Buffer] = []
+        missing = head.num_bytes
+        while missing:
+            if not rest:
+                rest = next(segments, b"")
+                if not rest:
+                    raise InternalError(f"output {head.name!r} lacks {missing} of its {head.num_bytes} bytes")
+            view = memoryview(rest)
+            pieces.append(view[:missing])
+            rest = view[missing:]
+            missing -= len(pieces[-1])
+        contents.append(tuple(pieces))
+    if rest or next(segments, b""):
+        raise InternalError("more bytes came back than the outputs have")
+    return tuple(contents)

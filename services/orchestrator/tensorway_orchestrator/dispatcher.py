@@ -1,0 +1,139 @@
+"""Finds the lane of every request, and keeps the lanes as the registry says."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+
+from tensorway.errors import NotFound, TensorwayError
+from tensorway.registry.port import DESIRED, REVISIONS, Registry
+from tensorway.revisions import decode_revision
+from tensorway.signature import RevisionSpec
+from tensorway.transport.port import Exchange
+from tensorway_orchestrator import wire
+from tensorway_orchestrator.batching import BatchLimits, ShapeRule
+from tensorway_orchestrator.lane import HeldBytes, Lane
+from tensorway_orchestrator.metrics import OrchestratorMetrics
+from tensorway_orchestrator.pool import Group
+from tensorway_orchestrator.retry import RetryPolicy
+from tensorway_orchestrator.settings import OrchestratorSettings
+
+_LOG = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """One lane per known revision. `on_exchange` is the link's handler."""
+
+    def __init__(self, settings: OrchestratorSettings, metrics: OrchestratorMetrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._policy = RetryPolicy(max_attempts=settings.max_attempts)
+        self._held = HeldBytes(settings.max_queue_bytes)
+        self._lanes: dict[tuple[str, str], Lane] = {}
+        #: Model -> revision that serves.
+        self._serving: dict[str, str] = {}
+        #: Groups seen before their revision's document.
+        self._early: dict[str, Group] = {}
+        self._documents: Mapping[str, bytes] = {}
+
+    @property
+    def num_open(self) -> int:
+        return sum(lane.num_open for lane in self._lanes.values())
+
+    def on_exchange(self, exchange: Exchange) -> None:
+        """Queues one request, or answers why not. Neither blocks nor raises."""
+        try:
+            envelope = wire.read_envelope(exchange.head)
+            lane = self.lane(envelope.model, envelope.revision)
+        except TensorwayError as error:
+            exchange.fail(error)
+            return
+        lane.offer(wire.read_request(envelope, exchange, lane.rule, time.monotonic()))
+
+    def lane(self, model: str, revision: str) -> Lane:
+        """The lane of a revision, or of the one that serves. Raises NotFound."""
+        serving = revision or self._serving.get(model, "")
+        lane = self._lanes.get((model, serving))
+        if lane is None:
+            known = ", ".join(sorted({name for name, _ in self._lanes})) or "none"
+            wanted = f"model {model!r}" + (f" revision {revision[:12]!r}" if revision else "")
+            raise NotFound(f"{wanted} is unknown here; models known: {known}", field="model")
+        return lane
+
+    def group_changed(self, group: Group, is_gone: bool) -> None:
+        """The pool's listener."""
+        lane = self._lanes.get((group.model, group.revision))
+        if lane is not None:
+            lane.group_changed(group, is_gone)
+        elif is_gone:
+            self._early.pop(group.id, None)
+        else:
+            self._early[group.id] = group
+
+    async def follow_revisions(self, registry: Registry) -> None:
+        """Opens and closes lanes with the documents of revisions, until cancelled."""
+        async for documents in registry.watch_documents(REVISIONS):
+            for key in self._documents.keys() - documents.keys():
+                self._close_lane(key)
+            for key, document in documents.items():
+                if self._documents.get(key) != document:
+                    self._open_lane(key, document)
+            self._documents = documents
+
+    async def follow_desired(self, registry: Registry) -> None:
+        """Learns which revision of each model serves, until cancelled."""
+        async for documents in registry.watch_documents(DESIRED):
+            serving: dict[str, str] = {}
+            for key, document in documents.items():
+                try:
+                    wanted = json.loads(document)
+                    serving[str(wanted["model"])] = str(wanted["revision"])
+                except (ValueError, KeyError, TypeError) as error:
+                    _LOG.error("document %s is no desired state and is ignored: %s", key, error)
+            self._serving = serving
+
+    def close(self) -> None:
+        for lane in self._lanes.values():
+            lane.close()
+
+    def _open_lane(self, key: str, document: bytes) -> None:
+        try:
+            spec = decode_revision(document)
+        except ValidationError as error:
+            _LOG.error("document %s is no revision and is ignored: %s", key, error)
+            return
+        identity = (spec.model, spec.revision)
+        if identity in self._lanes:
+            return  # a revision never changes
+        lane = self._lanes[identity] = self._new_lane(spec)
+        for group in tuple(self._early.values()):
+            if (group.model, group.revision) == identity:
+                del self._early[group.id]
+                lane.group_changed(group, False)
+
+    def _new_lane(self, spec: RevisionSpec) -> Lane:
+        settings = self._settings
+        lane = Lane(
+            spec=spec,
+            limits=BatchLimits.of(spec, settings.max_batch_bytes),
+            rule=ShapeRule.of(spec.signature, spec.batching),
+            policy=self._policy,
+            group_wait_s=settings.group_wait_s,
+            metrics=self._metrics.lane(spec.model),
+            held=self._held,
+        )
+        self._metrics.queued_rows.labels(spec.model).set_function(lambda: lane.queue.num_rows)
+        lane.start()
+        return lane
+
+    def _close_lane(self, key: str) -> None:
+        model, _, revision = key.removeprefix(REVISIONS).rpartition("/")
+        lane = self._lanes.pop((model, revision), None)
+        if lane is not None:
+            self._early.update(lane.groups)
+            lane.close()
+

@@ -1,0 +1,63 @@
+"""What the orchestrator counts, in Prometheus' words."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from tensorway.errors import TensorwayError
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class OrchestratorMetrics:
+    """The families; `lane` gives the children of one model, looked up once."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        labels = ("model",)
+        self.requests = Counter("tensorway_requests", "Requests ended, by gRPC status.", ("model", "code"), registry=registry)
+        self.queue_s = Histogram(
+            "tensorway_queue_seconds", "Time in the queue, to the last attempt.", labels, buckets=_SECONDS, registry=registry
+        )
+        self.batch_rows = Histogram("tensorway_batch_rows", "Rows in a batch.", labels, buckets=_ROWS, registry=registry)
+        self.step_s = Histogram("tensorway_step_seconds", "Step time of a batch.", labels, buckets=_SECONDS, registry=registry)
+        self.retries = Counter("tensorway_retries", "Attempts after the first.", labels, registry=registry)
+        self.lost = Counter("tensorway_lost_attempts", "Batches whose group was lost.", labels, registry=registry)
+        self.queued_rows = Gauge("tensorway_queued_rows", "Rows waiting.", labels, registry=registry)
+
+    def lane(self, model: str) -> LaneMetrics:
+        return LaneMetrics(self, model)
+
+
+class LaneMetrics:
+    """The counters of one model."""
+
+    def __init__(self, families: OrchestratorMetrics, model: str) -> None:
+        self._model = model
+        self._requests = families.requests
+        self._ok = families.requests.labels(model, "OK")
+        self._queue_s = families.queue_s.labels(model)
+        self._batch_rows = families.batch_rows.labels(model)
+        self._step_s = families.step_s.labels(model)
+        self._retries = families.retries.labels(model)
+        self._lost = families.lost.labels(model)
+
+    def answered(self, queue_s: float) -> None:
+        self._ok.inc()
+        self._queue_s.observe(queue_s)
+
+    def failed(self, code: str) -> None:
+        self._requests.labels(self._model, code).inc()
+
+    def refused(self, error: TensorwayError) -> None:
+        self.failed(error.status.name)
+
+    def batch(self, rows: int, step_s: float) -> None:
+        self._batch_rows.observe(rows)
+        self._step_s.observe(step_s)
+
+    def retried(self) -> None:
+        self._retries.inc()
+
+    def lost(self) -> None:
+        self._lost.inc()

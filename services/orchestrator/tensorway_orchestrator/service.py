@@ -1,0 +1,57 @@
+"""The orchestrator as a service: what it starts, registers and drains."""
+
+from __future__ import annotations
+
+from tensorway.deadline import Deadline
+from tensorway.registry.port import ORCHESTRATOR, Registration
+from tensorway.service import ServiceContext
+from tensorway.transport import LinkServer
+from tensorway_orchestrator.dispatcher import Dispatcher
+from tensorway_orchestrator.metrics import OrchestratorMetrics
+from tensorway_orchestrator.pool import Group, GroupPool
+from tensorway_orchestrator.servicer import InferenceServicer
+from tensorway_orchestrator.settings import OrchestratorSettings
+
+
+class Orchestrator:
+    """Implements `tensorway.service.Service`."""
+
+    name = "orchestrator"
+    reflected = ("tensorway.v1.InferenceService", "tensorway.v1.LinkService")
+
+    def __init__(self, settings: OrchestratorSettings) -> None:
+        self._settings = settings
+        self._context: ServiceContext | None = None
+        self._pool: GroupPool | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._links: LinkServer | None = None
+
+    async def start(self, context: ServiceContext) -> None:
+        self._context = context
+        dispatcher = self._dispatcher = Dispatcher(self._settings, OrchestratorMetrics(context.metrics))
+        self._links = LinkServer(dispatcher.on_exchange)
+        self._links.attach(context.server)
+        InferenceServicer(dispatcher).attach(context.server)
+        self._pool = GroupPool(context.registry, self._settings.max_message_bytes, self._group_changed)
+        context.set_readiness("no live worker group is connected")
+        context.tasks.create_task(dispatcher.follow_desired(context.registry), name="desired state")
+        context.tasks.create_task(dispatcher.follow_revisions(context.registry), name="revisions")
+        context.tasks.create_task(self._pool.run(), name="groups")
+
+    def registration(self, endpoint: str) -> Registration:
+        return Registration(ORCHESTRATOR, "", endpoint)
+
+    async def drain(self, deadline: Deadline) -> None:
+        if self._links is not None:
+            await self._links.drain(deadline)
+
+    async def stop(self) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.close()
+
+    def _group_changed(self, group: Group, is_gone: bool) -> None:
+        if self._dispatcher is None or self._pool is None or self._context is None:
+            return
+        self._dispatcher.group_changed(group, is_gone)
+        if self._context.readiness != "draining":
+            self._context.set_readiness(None if self._pool.num_connected else "no live worker group is connected")

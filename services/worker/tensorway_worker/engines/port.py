@@ -1,0 +1,64 @@
+"""The engines' port: one loaded model as a rank sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from tensorway.errors import InvalidRequest, ModelFailed, TensorwayError
+from tensorway.model import InvalidInput, Inputs, Outputs, Parameters
+
+
+class Engine(Protocol):
+    """A model that can be loaded and run. `load`, `run` and `memory_bytes` are called in the rank's torch thread only."""
+
+    #: Where `run` wants its tensors: `cpu` or `cuda:N`.
+    device: str
+    #: Whether requests pass through `preprocess` / `postprocess`; where False the method is not called.
+    has_preprocess: bool
+    has_postprocess: bool
+    #: Threads that may run `preprocess` at once.
+    preprocess_threads: int
+    #: Input name -> value of the elements that padding adds.
+    padding: Mapping[str, float]
+
+    def load(self) -> None:
+        """Reads weights. Raises FailedPrecondition, or whatever the model raises; the rank ends with that message."""
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """One step on joined inputs (dimension 0 = rows) that lie on `device`; the outputs by name, still on `device`."""
+
+    def preprocess(self, inputs: Inputs, parameters: Parameters) -> Inputs:
+        """One request, in a staging thread."""
+
+    def postprocess(self, outputs: Outputs, parameters: Parameters) -> Outputs:
+        """One request's slice of the outputs, on the CPU, in a staging thread."""
+
+    def memory_bytes(self) -> int:
+        """Bytes that the model's weights take."""
+
+
+def model_error(error: Exception, directory: Path, doing: str) -> TensorwayError:
+    """What a model's exception means to the caller: INVALID_ARGUMENT if the model says so, else ModelFailed with its own words.
+
+    The message ends with the last frame inside the author's files, e.g. `(model.py:12 in forward)`.
+    """
+    if isinstance(error, TensorwayError):
+        return error
+    if isinstance(error, InvalidInput):
+        return InvalidRequest(str(error), field=error.field)
+    text = str(error).strip() or "no message"
+    return ModelFailed(f"{doing} raised {type(error).__name__}: {text}{_authors_frame(error, directory)}")
+
+
+def _authors_frame(error: Exception, directory: Path) -> str:
+    root = str(directory.resolve())
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_filename.startswith(root):
+            found = f" ({Path(code.co_filename).relative_to(root)}:{trace.tb_lineno} in {code.co_name})"
+        trace = trace.tb_next
+    return found

@@ -1,0 +1,180 @@
+"""The replicas of this node: claims what falls to it, runs a supervisor for each claim, and publishes what becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tensorway.model_directory import ModelDirectory
+from tensorway.registry.port import DESIRED, GROUP, NODE, NODES, Lease, Registration, Registry
+from tensorway_worker.placement import Desired, Replica, replicas_to_claim, replicas_to_stop
+from tensorway_worker.settings import NodeSettings
+from tensorway_worker.supervisor import GroupReport, GroupSupervisor
+from tensorway_worker.topology import assign_devices
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _View:
+    """What the registry says."""
+
+    desired: dict[str, Desired] = field(default_factory=dict)
+    claims: dict[str, str] = field(default_factory=dict)
+    nodes: frozenset[str] = frozenset()
+    offers: dict[str, frozenset[str]] = field(default_factory=dict)
+    live_revisions: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A claimed replica and what runs it."""
+
+    lease: Lease
+    supervisor: GroupSupervisor
+    task: asyncio.Task[None]
+
+
+class ReplicaKeeper:
+    """Follows the registry and keeps this node's share of the replicas running."""
+
+    def __init__(self, node: str, directories: tuple[ModelDirectory, ...], settings: NodeSettings, registry: Registry) -> None:
+        self._node = node
+        self._directories = {directory.spec.revision: directory for directory in directories}
+        self._settings = settings
+        self._registry = registry
+        self._view = _View()
+        self._changed = asyncio.Event()
+        self._report_changed = asyncio.Event()
+        self._running: dict[str, _Running] = {}
+        self._may_double = False
+        self._devices = tuple(f"cuda:{path.name.removeprefix('nvidia')}" for path in sorted(Path("/dev").glob("nvidia[0-9]*")))
+
+    def reports(self) -> tuple[GroupReport, ...]:
+        return tuple(running.supervisor.report for running in self._running.values())
+
+    async def run(self) -> None:
+        """Until cancelled; then drains the groups and gives up the claims."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._follow_desired())
+                tasks.create_task(self._follow_claims())
+                tasks.create_task(self._follow_nodes())
+                tasks.create_task(self._follow_offers())
+                tasks.create_task(self._follow_groups())
+                tasks.create_task(self._publish_reports())
+                tasks.create_task(self._allow_doubling())
+                while True:
+                    await self._changed.wait()
+                    self._changed.clear()
+                    await self._reconcile(tasks)
+        finally:
+            await self._registry.delete(f"{NODES}{self._node}")
+
+    async def _reconcile(self, tasks: asyncio.TaskGroup) -> None:
+        """Claims and starts what is missing, stops what is no longer wanted."""
+        view = self._view
+        offers = {node: view.offers.get(node, frozenset()) for node in view.nodes}
+        offers[self._node] = frozenset(self._directories)
+        for replica in replicas_to_claim(view.desired, view.claims, offers, self._node, self._may_double):
+            if replica.key in self._running:
+                continue
+            lease = await self._registry.claim(replica.key, self._node)
+            if lease is not None:
+                self._start(replica, lease, tasks)
+        running = tuple(entry.supervisor.replica for entry in self._running.values())
+        for replica in replicas_to_stop(running, view.desired, view.live_revisions):
+            self._running[replica.key].task.cancel()
+
+    def _start(self, replica: Replica, lease: Lease, tasks: asyncio.TaskGroup) -> None:
+        directory = self._directories[replica.revision]
+        parallel = directory.yaml.parallel
+        in_use = [device for running in self._running.values() for device in running.supervisor.devices]
+        available = () if directory.yaml.device == "cpu" else self._devices
+        supervisor = GroupSupervisor(
+            replica, directory, self._settings, self._node,
+            assign_devices(available, parallel.pipeline * parallel.tensor, in_use), self._report_changed.set,
+        )
+        task = tasks.create_task(self._supervise(replica, supervisor, lease), name=f"group {supervisor.report.id}")
+        self._running[replica.key] = _Running(lease, supervisor, task)
+
+    async def _supervise(self, replica: Replica, supervisor: GroupSupervisor, lease: Lease) -> None:
+        _LOG.info("replica claimed", extra={"fields": {"model": replica.model, "replica": replica.index, "group": supervisor.report.id}})
+        try:
+            await supervisor.run()
+        finally:
+            await asyncio.shield(lease.release())
+            del self._running[replica.key]
+            self._report_changed.set()
+            self._changed.set()
+
+    async def _follow_desired(self) -> None:
+        async for documents in self._registry.watch_documents(DESIRED):
+            self._view.desired = _read_desired(documents)
+            self._changed.set()
+
+    async def _follow_claims(self) -> None:
+        async for claims in self._registry.watch_claims(""):
+            self._view.claims = dict(claims)
+            self._changed.set()
+
+    async def _follow_nodes(self) -> None:
+        async for registrations in self._registry.watch(NODE):
+            self._view.nodes = frozenset(registration.id for registration in registrations)
+            self._changed.set()
+
+    async def _follow_offers(self) -> None:
+        async for documents in self._registry.watch_documents(NODES):
+            offers: dict[str, frozenset[str]] = {}
+            for key, document in documents.items():
+                offers[key.removeprefix(NODES)] = frozenset(json.loads(document).get("revisions", ()))
+            if offers != self._view.offers:
+                self._view.offers = offers
+                self._changed.set()
+
+    async def _follow_groups(self) -> None:
+        async for registrations in self._registry.watch(GROUP):
+            self._view.live_revisions = frozenset(_revision(registration) for registration in registrations)
+            self._changed.set()
+
+    async def _allow_doubling(self) -> None:
+        await asyncio.sleep(self._settings.spread_wait_s)
+        self._may_double = True
+        self._changed.set()
+
+    async def _publish_reports(self) -> None:
+        """Writes the node's document at each change; changes that come while it is written join the next."""
+        while True:
+            document = {
+                "node": self._node,
+                "revisions": sorted(self._directories),
+                "groups": [_report_json(report) for report in self.reports()],
+            }
+            await self._registry.write(f"{NODES}{self._node}", json.dumps(document).encode())
+            await self._report_changed.wait()
+            self._report_changed.clear()
+
+
+def _report_json(report: GroupReport) -> dict[str, object]:
+    values = asdict(report)
+    replica = values.pop("replica")
+    return {**values, "model": replica["model"], "revision": replica["revision"]}
+
+
+def _revision(registration: Registration) -> str:
+    return registration.metadata.get("revision", "")
+
+
+def _read_desired(documents: Mapping[str, bytes]) -> dict[str, Desired]:
+    desired: dict[str, Desired] = {}
+    for key, document in documents.items():
+        try:
+            wish = json.loads(document)
+            desired[wish["model"]] = Desired(wish["revision"], int(wish["replicas"]))
+        except (ValueError, KeyError, TypeError) as error:
+            _LOG.error("document %s is no desired state and is ignored: %s", key, error)
+    return desired

@@ -1,0 +1,36 @@
+"""Ranks, stages, shards and devices of a group. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """A group of `pipeline` stages x `tensor` shards. Rank = stage x tensor + shard; rank 0 is the leader."""
+
+    pipeline: int
+    tensor: int
+
+    @property
+    def world_size(self) -> int:
+        return self.pipeline * self.tensor
+
+
+def assign_devices(devices: Sequence[str], world_size: int, in_use: Sequence[str]) -> tuple[str, ...]:
+    """A device for each rank, the least used first, then round robin in the order of `devices`; `cpu` where there is none."""
+    if not devices:
+        return ("cpu",) * world_size
+    use = {device: in_use.count(device) for device in devices}
+    assigned: list[str] = []
+    for _ in range(world_size):
+        device = min(devices, key=lambda name: (use[name], devices.index(name)))
+        use[device] += 1
+        assigned.append(device)
+    return tuple(assigned)
+
+
+def threads_per_rank(num_cores: int, world_size: int, wanted: int) -> int:
+    """Torch threads of one rank: what is wanted, else the cores divided among the ranks of the group."""
+    return wanted or max(1, num_cores // world_size)

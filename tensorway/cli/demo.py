@@ -1,0 +1,61 @@
+"""The demonstration of `make run`: real sentences and a real photograph through the running mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+from tensorway.client import AsyncClient
+from tensorway.model_directory import FILES_DIR, ModelDirectory
+
+_SENTENCES: Final = (
+    "A man is playing a guitar on stage.",
+    "Someone performs music with a string instrument.",
+    "The stock market fell sharply today.",
+    "Shares dropped across the exchange this afternoon.",
+    "My cat sleeps on the warm windowsill.",
+)
+
+
+async def show_demo(endpoint: str, directories: Mapping[str, ModelDirectory], console: Console) -> None:
+    """Runs what the served models allow, and prints the answers."""
+    async with AsyncClient(endpoint) as client:
+        if "minilm" in directories:
+            await _show_similarities(client, console)
+        if "efficientnet-lite0" in directories:
+            await _show_photograph(client, directories["efficientnet-lite0"], console)
+
+
+async def _show_similarities(client: AsyncClient, console: Console) -> None:
+    result = await client.infer("minilm", {"text": list(_SENTENCES)})
+    embedding = result["embedding"]
+    similarity = embedding @ embedding.T
+    table = Table(title=f"minilm: cosine similarity of {len(_SENTENCES)} sentences")
+    table.add_column("sentence")
+    for number in range(1, len(_SENTENCES) + 1):
+        table.add_column(str(number), justify="right")
+    for number, sentence in enumerate(_SENTENCES):
+        shades = ("bold green" if value > 0.5 else "yellow" if value > 0.2 else "dim" for value in similarity[number])
+        table.add_row(f"{number + 1}  {sentence}", *(f"[{shade}]{value:.2f}[/]" for shade, value in zip(shades, similarity[number], strict=True)))
+    console.print(table)
+    console.print(f"[dim]{result.timing}[/]")
+
+
+async def _show_photograph(client: AsyncClient, directory: ModelDirectory, console: Console) -> None:
+    photographs = sorted((directory.path / FILES_DIR / "samples").glob("*.jpg"))
+    labels = _labels(directory.path)
+    for photograph in photographs:
+        result = await client.infer("efficientnet-lite0", {"image": [photograph.read_bytes()]})
+        class_id, probability = int(result["class_id"][0]), float(result["probability"][0])
+        label = labels.get(class_id, "")
+        console.print(f"efficientnet-lite0: {photograph.name} is class [bold]{class_id} {label}[/] with probability {probability:.2f}")
+
+
+def _labels(path: Path) -> dict[int, str]:
+    """ImageNet class names, where the model's directory brings them (`labels.txt`: one a line)."""
+    file = path / "labels.txt"
+    return dict(enumerate(file.read_text(encoding="utf-8").splitlines())) if file.is_file() else {}

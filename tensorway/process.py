@@ -1,0 +1,33 @@
+"""Facts about processes that every service shares: memory settings, and dying with the parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Mapping
+from typing import Final
+
+#: glibc malloc: large blocks stay mapped between requests (otherwise page faults dominate big tensors; measured 2 to 3.5 times for unary
+#: messages of 1 MiB and more), and two arenas keep resident memory in bounds. Read by libc at process start, so they go into the
+#: environment of a new process.
+MALLOC_SETTINGS: Final[Mapping[str, str]] = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(16 << 20),
+}
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def die_with_parent(signal_number: signal.Signals, parent_pid: int | None = None) -> None:
+    """Asks the kernel to send this process `signal_number` when its parent ends, however it ends (prctl(2)). Linux only.
+
+    With `parent_pid`, a parent that has ended before the request took effect is noticed too.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if parent_pid is not None and os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal_number)

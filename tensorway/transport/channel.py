@@ -1,0 +1,107 @@
+"""Thin clients for single RPCs: bytes in, bytes out, errors as TensorwayError."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+
+from tensorway.errors import NotFound, TensorwayError
+from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES
+from tensorway.transport.rich_status import decode_error
+
+Metadata = Sequence[tuple[str, str]]
+
+_CHECK = "/grpc.health.v1.Health/Check"
+
+
+@dataclass(frozen=True, slots=True)
+class UnaryReply:
+    """What came back from one unary RPC. `-bin` trailers are bytes; the last value wins where a key repeats."""
+
+    response: bytes
+    trailers: Mapping[str, str | bytes]
+
+
+class AsyncChannel:
+    """RPCs to one endpoint (`host:port` or `unix:path`). Connects on first use, and again after a lost connection. Close it when done."""
+
+    def __init__(self, endpoint: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, metadata: Metadata = ()) -> None:
+        self.endpoint = endpoint
+        self._metadata = tuple(metadata)
+        self._channel: Any = grpc.aio.insecure_channel(endpoint, options=_arguments(max_message_bytes))
+        self._methods: dict[str, Any] = {}
+
+    async def unary(self, method: str, request: bytes, timeout_s: float | None, metadata: Metadata = ()) -> UnaryReply:
+        """Calls `method` (full name) with a serialised request; `timeout_s` None sets no deadline. Raises the server's error as a
+        TensorwayError, and Unavailable or DeadlineExceeded where it did not answer."""
+        call = self._methods.get(method)
+        if call is None:
+            call = self._methods[method] = self._channel.unary_unary(method)
+        try:
+            pending = call(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
+            response = await pending
+            return UnaryReply(response, dict(await pending.trailing_metadata()))
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(self.endpoint, error.code(), error.details(), error.trailing_metadata()) from error
+
+    async def close(self) -> None:
+        """Cancels what is in flight and closes the connection."""
+        await self._channel.close()
+
+
+class BlockingChannel:
+    """`AsyncChannel` for code without a loop; safe to share between threads."""
+
+    def __init__(self, endpoint: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, metadata: Metadata = ()) -> None:
+        self.endpoint = endpoint
+        self._metadata = tuple(metadata)
+        self._channel: Any = grpc.insecure_channel(endpoint, options=_arguments(max_message_bytes))
+        self._methods: dict[str, Any] = {}
+
+    def unary(self, method: str, request: bytes, timeout_s: float | None, metadata: Metadata = ()) -> UnaryReply:
+        """See `AsyncChannel.unary`; blocks the calling thread."""
+        call = self._methods.get(method)
+        if call is None:
+            call = self._methods[method] = self._channel.unary_unary(method)
+        try:
+            response, ended = call.with_call(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
+        except grpc.RpcError as error:
+            ended = error
+            raise _error_of(self.endpoint, ended.code(), ended.details(), ended.trailing_metadata()) from error
+        return UnaryReply(response, dict(ended.trailing_metadata() or ()))
+
+    def close(self) -> None:
+        """Cancels what is in flight and closes the connection."""
+        self._channel.close()
+
+
+async def check_health(endpoint: str, service: str, timeout_s: float) -> str:
+    """What grpc.health.v1 says of `service` ("" is the whole server): SERVING, NOT_SERVING, UNKNOWN, or SERVICE_UNKNOWN where the server
+    does not know the name. Raises Unavailable or DeadlineExceeded where nobody answers."""
+    channel = AsyncChannel(endpoint)
+    try:
+        reply = await channel.unary(_CHECK, HealthCheckRequest(service=service).SerializeToString(), timeout_s)
+    except NotFound:
+        return "SERVICE_UNKNOWN"
+    finally:
+        await channel.close()
+    status = HealthCheckResponse.FromString(reply.response).status
+    return HealthCheckResponse.ServingStatus.Name(status)
+
+
+def _arguments(max_message_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+    ]
+
+
+def _error_of(endpoint: str, code: grpc.StatusCode, sentence: str | None, trailers: Iterable[Any] | None) -> TensorwayError:
+    found = {key: value for key, value in trailers or ()}
+    return decode_error(code.value[0], sentence or f"{endpoint} answered {code.name}", found)

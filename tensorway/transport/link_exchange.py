@@ -1,0 +1,73 @@
+"""One request as the accepting side of a link sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from tensorway.deadline import Deadline
+from tensorway.errors import TensorwayError
+from tensorway.transport.error_detail import encode_detail
+from tensorway.transport.frames import ERROR, RESPONSE
+from tensorway.transport.port import Payload
+
+_LOG = logging.getLogger(__name__)
+
+
+class AnswerTaker(Protocol):
+    """The link that an exchange came on."""
+
+    def take_answer(self, kind: int, id: int, head: bytes, payload: Payload) -> None: ...
+
+
+class LinkExchange:
+    """See `tensorway.transport.port.Exchange`."""
+
+    __slots__ = ("_callbacks", "_is_cancelled", "_is_over", "_link", "deadline", "head", "id", "payload")
+
+    def __init__(self, link: AnswerTaker, id: int, head: bytes, payload: Payload, deadline: Deadline) -> None:
+        self._link = link
+        self.id: Final = id
+        self.head: Final = head
+        self.payload: Final = payload
+        self.deadline: Final = deadline
+        self._callbacks: list[Callable[[], None]] = []
+        self._is_over = False
+        self._is_cancelled = False
+
+    def reply(self, head: bytes, payload: Payload) -> None:
+        """See the port."""
+        self._answer(RESPONSE, head, payload)
+
+    def fail(self, error: TensorwayError) -> None:
+        """See the port."""
+        self._answer(ERROR, encode_detail(error), ())
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """See the port. Where the peer has gone already, `callback` runs in the loop's next turn."""
+        if self._is_cancelled:
+            asyncio.get_running_loop().call_soon(callback)
+        elif not self._is_over:
+            self._callbacks.append(callback)
+
+    def cancel(self) -> None:
+        """Called by the link: the peer no longer wants an answer."""
+        if self._is_over:
+            return
+        self._is_over = self._is_cancelled = True
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:
+                _LOG.exception("an on_cancel callback of an exchange raised")
+
+    def _answer(self, kind: int, head: bytes, payload: Payload) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        # Callbacks hold on to whoever works on the request: an answered one needs them no more.
+        self._callbacks = []
+        self._link.take_answer(kind, self.id, head, payload)

@@ -1,0 +1,124 @@
+"""What both server implementations share: routes, channel arguments, and the sentences a client gets to read."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from dataclasses import dataclass, field
+from typing import Final
+
+from tensorway.errors import Cancelled, FailedPrecondition, MessageTooLarge, Overloaded, Unavailable, Unimplemented
+from tensorway.transport.port import ServerOptions, StreamHandler, UnaryHandler
+
+#: A full server says to come back after this.
+RETRY_AFTER_S: Final = 0.1
+#: Handlers cancelled at stop get this long to unwind before they are named in the log and left behind.
+UNWIND_S: Final = 5.0
+
+_UNIX: Final = "unix:"
+
+
+@dataclass(slots=True)
+class Routes:
+    """Handlers by full method name. A method has one handler."""
+
+    unary: dict[str, UnaryHandler] = field(default_factory=dict)
+    streams: dict[str, StreamHandler] = field(default_factory=dict)
+
+    def add_unary(self, method: str, handler: UnaryHandler) -> None:
+        self._check_new(method)
+        self.unary[method] = handler
+
+    def add_stream(self, method: str, handler: StreamHandler) -> None:
+        self._check_new(method)
+        self.streams[method] = handler
+
+    def unknown(self, method: str) -> Unimplemented:
+        """What a caller of a method without a handler reads."""
+        service = method.rpartition("/")[0]
+        has_service = any(known.rpartition("/")[0] == service for known in (*self.unary, *self.streams))
+        missing = f"method {method}" if has_service else f"service {service.removeprefix('/')}"
+        return Unimplemented(f"there is no {missing} here")
+
+    def _check_new(self, method: str) -> None:
+        if not method.startswith("/") or method.count("/") != 2:
+            raise FailedPrecondition(f"{method!r} is not a full method name such as /package.Service/Method", field="method")
+        if method in self.unary or method in self.streams:
+            raise FailedPrecondition(f"{method} already has a handler", field="method")
+
+
+def server_arguments(options: ServerOptions) -> tuple[tuple[str, int], ...]:
+    """grpc's channel arguments for a server."""
+    return (
+        # A second server on the same port must fail to bind instead of sharing its connections.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", options.max_message_bytes),
+        # Replies are checked before they are sent, so that the client reads a sentence of ours.
+        ("grpc.max_send_message_length", -1),
+        # A link pings its peer every two seconds, with or without requests; anything much faster is a flood.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+        ("grpc.http2.min_ping_interval_without_data_ms", 500),
+        # A client that vanished without closing its connection is noticed by the server, too.
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
+    )
+
+
+def too_large(num_bytes: int, options: ServerOptions) -> MessageTooLarge:
+    """A reply that exceeds the limit."""
+    return MessageTooLarge(f"the reply has {num_bytes} bytes, more than the limit of {options.max_message_bytes}")
+
+
+def is_full(options: ServerOptions, num_in_flight: int) -> bool:
+    """True where one more RPC would exceed the limit."""
+    return 0 < options.max_concurrent_rpcs <= num_in_flight
+
+
+def full(options: ServerOptions) -> Overloaded:
+    """The refusal of one RPC too many."""
+    return Overloaded(
+        f"this server already runs {options.max_concurrent_rpcs} RPCs, the most it takes", retry_after_s=RETRY_AFTER_S
+    )
+
+
+def gone() -> Cancelled:
+    """What a handler gets that writes to a client that has gone."""
+    return Cancelled("the client has gone")
+
+
+def stopped() -> Unavailable:
+    """What the client of an RPC gets that a stopping server cancelled."""
+    return Unavailable("the server stopped before it could answer")
+
+
+def cannot_bind(endpoint: str, why: str) -> Unavailable:
+    """The error of a failed bind."""
+    return Unavailable(f"cannot listen on {endpoint}: {why}")
+
+
+def check_free(endpoint: str) -> None:
+    """Raises Unavailable where another process listens on a unix socket (grpc would take the path away from it)."""
+    if not endpoint.startswith(_UNIX):
+        return
+    path = endpoint.removeprefix(_UNIX)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise cannot_bind(endpoint, str(error)) from error
+    if not stat.S_ISSOCK(mode):
+        raise cannot_bind(endpoint, "the path exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if probe.connect_ex(path) == 0:
+            raise cannot_bind(endpoint, "another process listens there")
+
+
+def bound_endpoint(endpoint: str, port: int) -> str:
+    """`endpoint` with the port that was really bound."""
+    if endpoint.startswith(_UNIX):
+        return endpoint
+    return f"{endpoint.rpartition(':')[0]}:{port}"

@@ -1,0 +1,140 @@
+"""The queue and the batching rules, with integers and a clock that is an argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensorway.signature import Batching, Padding, RevisionSpec, Signature, TensorSpec
+from tensorway.tensors import DataType
+from tensorway_orchestrator.batching import BatchLimits, GroupLoad, ShapeRule, leave_at_s
+from tensorway_orchestrator.requests import Request, RequestQueue
+
+_ORIGIN: Any = object()
+
+
+def request(name: str = "r", rows: int = 1, *, priority: int = 0, deadline_s: float = 10.0, key: tuple[int, ...] = (), size: int = 8) -> Request:
+    return Request(name, rows, size, priority, deadline_s, key, b"", (), 0.0, _ORIGIN)
+
+
+def names(requests: list[Request]) -> list[str]:
+    return [taken.request_id for taken in requests]
+
+
+def take(queue: RequestQueue, max_rows: int = 32, max_bytes: int = 10**9, max_requests: int = 32) -> list[Request]:
+    return queue.take(max_rows, max_bytes, max_requests)
+
+
+def test_higher_priority_then_earlier_deadline_goes_first() -> None:
+    queue = RequestQueue()
+    for offered in (request("late", deadline_s=9), request("soon", deadline_s=3), request("urgent", priority=1, deadline_s=50)):
+        queue.offer(offered)
+    assert names(take(queue)) == ["urgent", "soon", "late"]
+
+
+def test_equal_requests_keep_their_order() -> None:
+    queue = RequestQueue()
+    for number in range(20):
+        queue.offer(request(str(number)))
+    assert names(take(queue)) == [str(number) for number in range(20)]
+
+
+def test_different_shapes_never_share_a_batch_and_the_most_urgent_shape_leads() -> None:
+    queue = RequestQueue()
+    queue.offer(request("a", key=(3,), deadline_s=5))
+    queue.offer(request("b", key=(4,), deadline_s=1))
+    queue.offer(request("c", key=(3,), deadline_s=2))
+    assert names(take(queue)) == ["b"]
+    assert names(take(queue)) == ["c", "a"]
+
+
+def test_a_small_request_may_fill_the_place_a_large_one_cannot() -> None:
+    queue = RequestQueue()
+    for offered in (request("ten", 10), request("eight", 8), request("two", 2)):
+        queue.offer(offered)
+    assert names(take(queue, max_rows=12)) == ["ten", "two"]
+    assert names(take(queue, max_rows=12)) == ["eight"]
+
+
+def test_an_oversize_request_comes_alone() -> None:
+    queue = RequestQueue()
+    queue.offer(request("big", 40, deadline_s=1))
+    queue.offer(request("small", 1))
+    assert names(take(queue)) == ["big"]
+    assert names(take(queue)) == ["small"]
+
+
+def test_bytes_bound_a_batch() -> None:
+    queue = RequestQueue()
+    for number in range(3):
+        queue.offer(request(str(number), size=60))
+    assert names(take(queue, max_bytes=100)) == ["0"]
+
+
+def test_a_closed_request_is_dropped_and_not_counted() -> None:
+    queue = RequestQueue()
+    gone, stays = request("gone", 5), request("stays", 7)
+    queue.offer(gone)
+    queue.offer(stays)
+    gone.is_open = False
+    queue.withdraw(gone)
+    assert (queue.num_rows, queue.num_requests) == (7, 1)
+    assert names(take(queue)) == ["stays"]
+    assert queue.peek() is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(-2, 2), st.integers(0, 9), st.integers(0, 2)), max_size=60), st.integers(1, 32))
+def test_every_request_is_taken_exactly_once_within_the_limits(rows: list[tuple[int, int, int, int]], max_rows: int) -> None:
+    queue = RequestQueue()
+    for number, (count, priority, deadline_s, key) in enumerate(rows):
+        queue.offer(request(str(number), count, priority=priority, deadline_s=deadline_s, key=(key,)))
+    taken: list[str] = []
+    while batch := take(queue, max_rows=max_rows):
+        assert len(batch) == 1 or sum(part.weight for part in batch) <= max_rows
+        assert len({part.shape_key for part in batch}) == 1
+        taken += names(batch)
+    assert sorted(taken, key=int) == [str(number) for number in range(len(rows))]
+    assert (queue.num_rows, queue.num_requests) == (0, 0)
+
+
+LIMITS = BatchLimits(max_rows=32, max_bytes=10**9, max_requests=32, max_delay_s=0.0)
+
+
+def test_an_idle_group_takes_what_is_there_now() -> None:
+    assert leave_at_s(LIMITS, 1, 5.0, GroupLoad(0, 0.0, 0.003), now_s=7.0) <= 7.0
+
+
+def test_the_second_batch_leaves_as_late_as_the_step_time_allows() -> None:
+    load = GroupLoad(1, predicted_idle_s=7.100, lead_s=0.004)
+    assert leave_at_s(LIMITS, 3, 6.9, load, now_s=7.0) == 7.096
+
+
+def test_a_full_batch_does_not_wait() -> None:
+    assert leave_at_s(LIMITS, 32, 6.9, GroupLoad(1, 9.0, 0.004), now_s=7.0) == 7.0
+
+
+def test_max_delay_is_the_authors_wish_to_wait() -> None:
+    limits = BatchLimits(32, 10**9, 32, max_delay_s=0.05)
+    assert leave_at_s(limits, 1, 7.0, GroupLoad(0, 0.0, 0.003), now_s=7.0) == 7.05
+    assert leave_at_s(limits, 32, 7.0, GroupLoad(0, 0.0, 0.003), now_s=7.0) == 7.0
+
+
+def _spec(*inputs: TensorSpec, padding: tuple[Padding, ...] = ()) -> RevisionSpec:
+    outputs = (TensorSpec("y", DataType.FP32, ("rows",)),)
+    return RevisionSpec("m", "0" * 64, "1", "", "python", Signature(inputs, outputs), Batching(padding=padding), 1, 60.0)
+
+
+def test_only_varying_dimensions_without_padding_keep_requests_apart() -> None:
+    ids = TensorSpec("ids", DataType.INT64, ("rows", "length"))
+    image = TensorSpec("image", DataType.FP32, ("rows", 3, "height", "width"))
+    spec = _spec(ids, image, padding=(Padding("ids", 0.0),))
+    rule = ShapeRule.of(spec.signature, spec.batching)
+    assert rule.shape_key({"ids": (2, 7), "image": (2, 3, 10, 20)}) == (10, 20)
+    assert rule.shape_key({"ids": (2, 7), "image": (2,)}) == (-1, -1)
+
+
+def test_a_model_without_rows_runs_one_request_a_step() -> None:
+    spec = _spec(TensorSpec("threshold", DataType.FP32, ()))
+    assert BatchLimits.of(spec, 10).max_requests == 1
