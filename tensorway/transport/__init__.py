@@ -5,6 +5,7 @@ Everything is imported on first use, so that reading `tensorway.transport.port` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
@@ -60,14 +61,15 @@ def create_server(options: ServerOptions) -> Server:
         from tensorway.transport.aio_server import AioServer
 
         return AioServer(options)
-    raise FailedPrecondition(
-        f"transport {options.implementation!r} is not known: use completion-queue or aio", field="implementation"
-    )
+    raise FailedPrecondition(f"transport {options.implementation!r} is not known: use completion-queue or aio", field="implementation")
 
 
-def create_link_client(endpoint: str, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> LinkClient:
-    """A link to the service at `endpoint`; it connects once its `run` runs. One payload may be `max_message_bytes` long."""
+def create_link_client(
+    endpoint: str, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, on_change: Callable[[], None] | None = None
+) -> LinkClient:
+    """A link to the service at `endpoint`; it connects once its `run` runs. One payload may be `max_message_bytes` long. `on_change` is
+    called in the loop whenever `is_connected` may have changed; it must not raise."""
     from tensorway.transport.aio_wire import AioWire
     from tensorway.transport.link_client import StreamLinkClient
 
-    return StreamLinkClient(endpoint, max_message_bytes, AioWire)
+    return StreamLinkClient(endpoint, max_message_bytes, AioWire, on_change)

@@ -138,7 +138,7 @@ class AioServer:
             self._running.discard(call)
             if self._unwound is not None and not self._running:
                 self._unwound.set()
-        await _abort(call.context, call.trailers, error)
+        return await _abort(call.context, call.trailers, error)
 
 
 class _Handlers(grpc.GenericRpcHandler):
@@ -155,7 +155,7 @@ class _Handlers(grpc.GenericRpcHandler):
             async def run_unary(request: bytes, context: Any) -> bytes:
                 return await server.run_unary(unary, request, context, method)
 
-            return grpc.unary_unary_rpc_method_handler(run_unary)  # type: ignore[arg-type]
+            return grpc.unary_unary_rpc_method_handler(run_unary)
         stream = server.routes.streams.get(method)
 
         async def run_stream(_: object, context: Any) -> None:
@@ -164,7 +164,7 @@ class _Handlers(grpc.GenericRpcHandler):
             else:
                 await server.run_stream(stream, context, method)
 
-        return grpc.stream_stream_rpc_method_handler(run_stream)  # type: ignore[arg-type]
+        return grpc.stream_stream_rpc_method_handler(run_stream)
 
 
 async def _run(handler: StreamHandler, stream: AioStream) -> None:

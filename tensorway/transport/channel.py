@@ -89,8 +89,8 @@ async def check_health(endpoint: str, service: str, timeout_s: float) -> str:
         return "SERVICE_UNKNOWN"
     finally:
         await channel.close()
-    status = HealthCheckResponse.FromString(reply.response).status
-    return HealthCheckResponse.ServingStatus.Name(status)
+    status: str = HealthCheckResponse.ServingStatus.Name(HealthCheckResponse.FromString(reply.response).status)
+    return status
 
 
 def _arguments(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -103,5 +103,4 @@ def _arguments(max_message_bytes: int) -> list[tuple[str, int]]:
 
 
 def _error_of(endpoint: str, code: grpc.StatusCode, sentence: str | None, trailers: Iterable[Any] | None) -> TensorwayError:
-    found = {key: value for key, value in trailers or ()}
-    return decode_error(code.value[0], sentence or f"{endpoint} answered {code.name}", found)
+    return decode_error(code.value[0], sentence or f"{endpoint} answered {code.name}", dict(trailers or ()))

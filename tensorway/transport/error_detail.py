@@ -26,6 +26,11 @@ def decode_detail(head: bytes) -> TensorwayError:
         detail = ErrorDetail.FromString(head)
     except DecodeError as error:
         raise InvalidRequest(f"not an ErrorDetail: {error}", field="head") from error
+    return from_detail(detail)
+
+
+def from_detail(detail: ErrorDetail) -> TensorwayError:
+    """The error that a parsed ErrorDetail stands for."""
     return error_from(
         detail.reason, detail.status, detail.message, field=detail.field, hop=detail.hop, retry_after_s=detail.retry_after_us / 1e6
     )

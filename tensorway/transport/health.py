@@ -20,7 +20,7 @@ class HealthService:
     """The health of named services; "" is the whole server. All start as NOT_SERVING. Lives in one loop."""
 
     def __init__(self, service_names: Iterable[str] = ()) -> None:
-        self._is_serving = {name: False for name in ("", *service_names)}
+        self._is_serving = dict.fromkeys(("", *service_names), False)
         self._watchers: set[asyncio.Event] = set()
         self._has_shut_down = False
 
@@ -77,7 +77,8 @@ class HealthService:
             status = HealthCheckResponse.SERVICE_UNKNOWN
         else:
             status = HealthCheckResponse.SERVING if is_serving else HealthCheckResponse.NOT_SERVING
-        return HealthCheckResponse(status=status).SerializeToString()
+        response: bytes = HealthCheckResponse(status=status).SerializeToString()
+        return response
 
     def _wake(self) -> None:
         for changed in self._watchers:
@@ -86,6 +87,7 @@ class HealthService:
 
 def _service_of(request: bytes) -> str:
     try:
-        return HealthCheckRequest.FromString(request).service
+        name: str = HealthCheckRequest.FromString(request).service
     except DecodeError as error:
         raise InvalidRequest(f"not a HealthCheckRequest: {error}") from error
+    return name

@@ -32,12 +32,15 @@ _OPEN_TIMEOUT_S: Final = 5.0
 class StreamLinkClient:
     """See `tensorway.transport.port.LinkClient`."""
 
-    def __init__(self, endpoint: str, max_message_bytes: int, new_wire: Callable[[str, int], Wire]) -> None:
+    def __init__(
+        self, endpoint: str, max_message_bytes: int, new_wire: Callable[[str, int], Wire], on_change: Callable[[], None] | None = None
+    ) -> None:
         self._endpoint = endpoint
         self._max_message_bytes = max_message_bytes
         #: Bytes that may wait for a peer that does not take them before it counts as lost.
         self._max_waiting_bytes = 2 * max_message_bytes
         self._new_wire = new_wire
+        self._on_change = on_change
         self._sinks: dict[int, ReplySink] = {}
         self._last_id = 0
         self._outbox = Outbox()
@@ -127,6 +130,7 @@ class StreamLinkClient:
             self._opening = None
             self._is_connected = True
             self._connected.set()
+            self._tell_change()
         for frame in decode_message(message):
             self._take(frame)
 
@@ -167,6 +171,14 @@ class StreamLinkClient:
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             self._tell_error(sink, Unavailable(f"the link to {self._endpoint} broke: {error.message}"))
+        self._tell_change()
+
+    def _tell_change(self) -> None:
+        if self._on_change is not None:
+            try:
+                self._on_change()
+            except Exception:
+                _LOG.exception("the listener of the link to %s raised", self._endpoint)
 
     def _take(self, frame: Frame) -> None:
         kind, id = frame.kind, frame.id
@@ -192,8 +204,10 @@ class StreamLinkClient:
             self._is_connected = False
             self._connected.clear()
             self._last_error = "the peer is draining"
+            self._tell_change()
         else:
-            raise InvalidRequest(f"a {FrameKind(kind).name.lower()} frame may not be sent by the side that accepted the link", field="frames")
+            name = FrameKind(kind).name.lower()
+            raise InvalidRequest(f"a {name} frame may not be sent by the side that accepted the link", field="frames")
 
     def _take_error(self, id: int, head: bytes) -> None:
         sink = self._sinks.pop(id, None)

@@ -80,4 +80,3 @@ class Inbox:
                 del self._unfinished[id]
             else:
                 self._unfinished[id] = None
-

@@ -79,9 +79,7 @@ def is_full(options: ServerOptions, num_in_flight: int) -> bool:
 
 def full(options: ServerOptions) -> Overloaded:
     """The refusal of one RPC too many."""
-    return Overloaded(
-        f"this server already runs {options.max_concurrent_rpcs} RPCs, the most it takes", retry_after_s=RETRY_AFTER_S
-    )
+    return Overloaded(f"this server already runs {options.max_concurrent_rpcs} RPCs, the most it takes", retry_after_s=RETRY_AFTER_S)
 
 
 def gone() -> Cancelled:

@@ -6,7 +6,7 @@ The two versions have the same messages under two method names.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pool import Default
@@ -63,7 +63,8 @@ class _Reflection:
             if kind == "file_containing_extension":
                 wanted = request.file_containing_extension
                 message = self._pool.FindMessageTypeByName(wanted.containing_type)
-                return _files(self._pool.FindExtensionByNumber(message, wanted.extension_number).file)
+                extension: Any = self._pool.FindExtensionByNumber(message, wanted.extension_number)
+                return _files(extension.file)
             if kind == "all_extension_numbers_of_type":
                 return self._extensions(request.all_extension_numbers_of_type)
         except KeyError as error:

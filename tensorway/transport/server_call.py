@@ -46,10 +46,14 @@ def reject(call: Any, error: TensorwayError) -> None:
 class CallOwner(Protocol):
     """What a call needs of its server."""
 
-    options: ServerOptions
     loop: asyncio.AbstractEventLoop
-    #: Calls whose handler runs. The server awaits them when it stops.
-    running: set[ServerCall]
+
+    @property
+    def options(self) -> ServerOptions: ...
+
+    @property
+    def running(self) -> set[ServerCall]:
+        """Calls whose handler runs. The server awaits them when it stops."""
 
     def forget(self, call: ServerCall) -> None: ...
 

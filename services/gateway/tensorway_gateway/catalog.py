@@ -85,7 +85,8 @@ class Catalog:
             self._rebuild()
 
     async def _follow_groups(self) -> None:
-        async for self._groups in self._registry.watch(GROUP):
+        async for groups in self._registry.watch(GROUP):
+            self._groups = groups
             self._rebuild()
 
     async def _follow_nodes(self) -> None:

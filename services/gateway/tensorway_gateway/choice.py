@@ -1,4 +1,7 @@
-"""Which orchestrator gets a request: rendezvous hash by model, so that one model's requests meet in one batcher, with bounded load. Pure."""
+"""Which orchestrator gets a request. Pure.
+
+Rendezvous hash by model, so that one model's requests meet in one batcher; with bounded load, so that one busy model can't drown it.
+"""
 
 from __future__ import annotations
 

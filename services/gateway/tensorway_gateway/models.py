@@ -66,7 +66,7 @@ class Model:
             return found[0]
         known = ", ".join(f"{candidate.spec.revision[:12]} (version {candidate.spec.version})" for candidate in self.revisions)
         if found:
-            raise InvalidRequest(f"revision: {revision!r} is a prefix of several revisions of model {self.name!r}: {known}", field="revision")
+            raise InvalidRequest(f"revision: {revision!r} fits several revisions of model {self.name!r}: {known}", field="revision")
         raise NotFound(f"model {self.name!r} has no revision {revision[:64]!r} that serves; there are: {known}", field="revision")
 
 
@@ -90,7 +90,10 @@ class GroupReport:
 
 
 def build_models(
-    desired: Iterable[Desired], revisions: Mapping[tuple[str, str], Revision], groups: Iterable[Registration], reports: Collection[GroupReport]
+    desired: Iterable[Desired],
+    revisions: Mapping[tuple[str, str], Revision],
+    groups: Iterable[Registration],
+    reports: Collection[GroupReport],
 ) -> dict[str, Model]:
     """Every desired model whose revision is published, by name. `revisions` are as published, their state still to be found."""
     live = Counter((group.metadata.get("model", ""), group.metadata.get("revision", "")) for group in groups)

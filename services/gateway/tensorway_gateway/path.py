@@ -73,7 +73,7 @@ class RequestPath:
             raise
         took_s = time.monotonic() - arrival.arrived_s
         spec = revision.spec
-        self._statistics.revision(spec.model, spec.revision).succeed(rows, answer.timing, took_s)
+        self._statistics.revision(spec.model, spec.revision).succeed(rows, answer.timing, took_s, time.time())
         self._statistics.count(spec.model, Status.OK, arrival.num_bytes, took_s)
         call.set_trailers((
             (REQUEST_ID_TRAILER, _header_text(arrival.request_id)),
@@ -103,7 +103,7 @@ class RequestPath:
         else:
             self._statistics.count(model.name, error.status, arrival.num_bytes, took_s)
         if revision is not None:
-            self._statistics.revision(revision.spec.model, revision.spec.revision).fail(took_s)
+            self._statistics.revision(revision.spec.model, revision.spec.revision).fail(took_s, time.time())
         if _LOG.isEnabledFor(logging.DEBUG):
             fields = {"request_id": arrival.request_id, "model": arrival.model, "status": error.status.name}
             _LOG.debug("request failed: %s", error, extra={"fields": fields})

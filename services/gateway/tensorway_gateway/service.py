@@ -20,7 +20,7 @@ class Gateway:
     """Implements `tensorway.service.Service`."""
 
     name = "gateway"
-    reflected = (inference.SERVICE, model.SERVICE, mesh.SERVICE, oip.SERVICE)
+    reflected: tuple[str, ...] = (inference.SERVICE, model.SERVICE, mesh.SERVICE, oip.SERVICE)
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings

@@ -15,5 +15,5 @@ class GatewaySettings(ServiceSettings):
     ops_listen: str = Field("0.0.0.0:8002", description="HTTP endpoint for /healthz, /readyz and /metrics; `off` for none.")
     max_in_flight_requests: int = Field(4096, ge=1, description="Most requests at once before RESOURCE_EXHAUSTED.")
     max_in_flight_bytes: int = Field(2 * 1024**3, ge=1, description="Most tensor bytes at once before RESOURCE_EXHAUSTED.")
-    max_timeout_s: float = Field(MAX_TIMEOUT_S, gt=0, le=MAX_TIMEOUT_S, description="Longest deadline a caller may set; a longer one is cut.")
+    max_timeout_s: float = Field(MAX_TIMEOUT_S, gt=0, le=MAX_TIMEOUT_S, description="Longest deadline of a request; a longer one is cut.")
     orchestrator_wait_s: float = Field(5.0, ge=0, description="Seconds that a request waits while no orchestrator is connected.")

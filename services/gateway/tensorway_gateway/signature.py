@@ -89,7 +89,8 @@ class SignatureCheck:
         given: set[str] = set()
         for index, tensor in enumerate(inputs):
             if tensor.name not in self._inputs:
-                _refuse(path(index, tensor.name, "name"), f"model {self._model!r} has no input {tensor.name!r}, only {', '.join(self._inputs)}")
+                known = ", ".join(self._inputs)
+                _refuse(path(index, tensor.name, "name"), f"model {self._model!r} has no input {tensor.name!r}, only {known}")
             if tensor.name in given:
                 _refuse(path(index, tensor.name, "name"), f"input {tensor.name!r} is given twice")
             given.add(tensor.name)

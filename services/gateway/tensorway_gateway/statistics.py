@@ -46,7 +46,9 @@ class RevisionCounts:
     last_s: float = 0.0
     batches: dict[int, BatchCounts] = field(default_factory=dict)
 
-    def succeed(self, rows: int, timing: Timing, took_s: float) -> None:
+    def succeed(self, rows: int, timing: Timing, took_s: float, unix_s: float) -> None:
+        """One request of `rows` rows answered, `took_s` seconds after it came in."""
+        self.last_s = unix_s
         self.num_succeeded += 1
         self.num_rows += rows
         self.succeeded_us += int(took_s * 1e6)
@@ -62,7 +64,9 @@ class RevisionCounts:
             batch.step_us += timing.step_us
             batch.prepare_us += timing.prepare_us
 
-    def fail(self, took_s: float) -> None:
+    def fail(self, took_s: float, unix_s: float) -> None:
+        """One request that got as far as this revision and then failed."""
+        self.last_s = unix_s
         self.num_failed += 1
         self.failed_us += int(took_s * 1e6)
 

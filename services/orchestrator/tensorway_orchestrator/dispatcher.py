@@ -64,6 +64,10 @@ class Dispatcher:
             raise NotFound(f"{wanted} is unknown here; models known: {known}", field="model")
         return lane
 
+    def knows(self, model: str) -> bool:
+        """True once requests for the model, without a revision, find their lane."""
+        return (model, self._serving.get(model, "")) in self._lanes
+
     def group_changed(self, group: Group, is_gone: bool) -> None:
         """The pool's listener."""
         lane = self._lanes.get((group.model, group.revision))

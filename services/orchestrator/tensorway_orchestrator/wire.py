@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from tensorway.errors import InvalidRequest, TensorwayError, error_from
+from tensorway.errors import InvalidRequest, TensorwayError
 from tensorway.tensors import Buffer
+from tensorway.transport.error_detail import from_detail
 from tensorway.transport.port import Exchange, Payload
 from tensorway.v1 import link_pb2
 from tensorway_orchestrator.batching import ShapeRule
@@ -87,7 +88,7 @@ def read_batch_reply(head: bytes, payload: Payload, num_requests: int) -> BatchR
     results: list[tuple[bytes, Payload] | TensorwayError] = []
     for result in message.results:
         if result.HasField("error"):
-            results.append(_error(result.error))
+            results.append(from_detail(result.error))
         else:
             results.append((result.response, cut.take(result.body_bytes)))
     return BatchReply(tuple(results), message.wait_us, message.step_us, message.prepare_us)
@@ -111,12 +112,6 @@ def timing_of(reply: BatchReply, request: Request, rows: int, num_requests: int,
         is_first_in_batch=is_first,
         num_attempts=request.num_attempts,
         group=group,
-    )
-
-
-def _error(detail: link_pb2.ErrorDetail) -> TensorwayError:
-    return error_from(
-        detail.reason, detail.status, detail.message, field=detail.field, hop=detail.hop, retry_after_s=detail.retry_after_us / 1e6
     )
 
 

@@ -72,5 +72,6 @@ def _write(answered: Answered, model: str) -> bytes:
     for head, content in zip(answer.outputs, answer.contents, strict=True):
         described = describe_tensor(head)
         length = varint(head.num_bytes)
-        parts += (_OUTPUT_TAG, varint(len(described) + len(_DATA_TAG) + len(length) + head.num_bytes), described, _DATA_TAG, length, *content)
+        size = varint(len(described) + len(_DATA_TAG) + len(length) + head.num_bytes)
+        parts += (_OUTPUT_TAG, size, described, _DATA_TAG, length, *content)
     return b"".join(parts)

@@ -50,7 +50,8 @@ def _write(model: Model) -> model_pb2.Model:
     serving = model.serving
     spec = serving.spec
     return model_pb2.Model(
-        name=model.name, revision=spec.revision, version=spec.version, engine=spec.engine, state=_STATES[serving.state], reason=serving.reason,
+        name=model.name, revision=spec.revision, version=spec.version, engine=spec.engine, state=_STATES[serving.state],
+        reason=serving.reason,
         inputs=map(_write_spec, spec.signature.inputs), outputs=map(_write_spec, spec.signature.outputs),
         max_rows=spec.batching.max_rows if spec.signature.is_batchable else 0,
         num_replicas=model.num_replicas, num_ready_replicas=serving.num_ready_replicas, description=spec.description,

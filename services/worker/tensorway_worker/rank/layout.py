@@ -5,11 +5,11 @@ Callers repeat themselves: nearly all requests for a model share a handful of la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tensorway.errors import InvalidRequest, TensorwayError
+from tensorway.errors import InvalidRequest
 from tensorway.signature import ROWS, Signature, TensorSpec
 from tensorway.tensors import ITEM_SIZE, DataType, num_elements
 
@@ -40,14 +40,17 @@ class Layout:
     rows: int
     #: Dimension name -> extent within the request.
     extents: dict[str, int]
+    #: Requests with equal keys can be joined: every extent but the rows and those that padding can make equal.
+    join_key: tuple[object, ...] = ()
     #: Why a request of this layout must be refused; None where it fits the signature.
     error: InvalidRequest | None = None
 
 
 class Layouts:
-    """The layouts seen so far for one signature."""
+    """The layouts seen so far for one signature; `padded` names the inputs that padding can make equal."""
 
-    def __init__(self, signature: Signature) -> None:
+    def __init__(self, signature: Signature, padded: Collection[str]) -> None:
+        self._padded = padded
         self._specs = {spec.name: spec for spec in signature.inputs}
         self._is_batchable = signature.is_batchable
         self._known: dict[tuple[InputKey, ...], Layout] = {}
@@ -66,7 +69,7 @@ class Layouts:
         try:
             return self._fitting(key, num_bytes)
         except InvalidRequest as error:
-            return Layout((), num_bytes, 0, {}, error)
+            return Layout((), num_bytes, 0, {}, (), error)
 
     def _fitting(self, key: Sequence[InputKey], num_bytes: int) -> Layout:
         inputs: list[InputLayout] = []
@@ -85,7 +88,9 @@ class Layouts:
         if len(set(names)) != len(self._specs) or len(names) != len(self._specs):
             missing = [name for name in self._specs if name not in names]
             raise InvalidRequest(f"inputs: expected each of {list(self._specs)} once, missing {missing}", field="inputs")
-        return Layout(tuple(inputs), num_bytes, extents.get(ROWS, 1) if self._is_batchable else 1, extents)
+        rows = extents.get(ROWS, 1) if self._is_batchable else 1
+        key = tuple((item.name, item.shape[1:]) for item in inputs if item.name not in self._padded)
+        return Layout(tuple(inputs), num_bytes, rows, extents, tuple(sorted(key)))
 
 
 def bind_extents(spec: TensorSpec, shape: tuple[int, ...], extents: dict[str, int], field: str) -> None:
@@ -119,8 +124,3 @@ def _check_size(spec: TensorSpec, shape: tuple[int, ...], num_bytes: int, field:
 
 def _dtype_name(number: int) -> str:
     return DataType(number).name if number in DataType._value2member_map_ else str(number)
-
-
-def as_error(error: TensorwayError) -> TensorwayError:
-    """A fresh exception with the same words: one kept in a cache must not gather tracebacks."""
-    return type(error)(error.message, field=error.field, hop=error.hop, retry_after_s=error.retry_after_s)

@@ -1,0 +1,126 @@
+"""`inference.GRPCInferenceService/ModelInfer`: inference in the Open Inference Protocol v2."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from tensorway.compat import grpc_service_pb2
+from tensorway.errors import InvalidRequest
+from tensorway.transport.port import Call, Server
+from tensorway_gateway.path import RequestPath
+from tensorway_gateway.requests import MAX_NUM_ITEMS, MAX_PRIORITY, MIN_PRIORITY, Answered, Arrival, Value
+from tensorway_gateway.servicers.oip_tensors import oip_field, read_inputs, refuse_unserved_parameters
+from tensorway_gateway.wire import varint
+
+SERVICE: Final = "inference.GRPCInferenceService"
+#: Tag of `ModelInferResponse.raw_output_contents`, field 6 with a length.
+_RAW_OUTPUT_TAG: Final = b"\x32"
+_MAX_INT64: Final = 2**63 - 1
+_SEQUENCE: Final = ("sequence_id", "sequence_start", "sequence_end")
+#: Said to other servers of this protocol, meaningless here, and not meant for the model.
+_NOT_FOR_MODELS: Final = frozenset({"headers", "binary_data_output", "priority", "timeout", *_SEQUENCE})
+
+
+class OipServicer:
+    """Answers ModelInfer."""
+
+    def __init__(self, path: RequestPath) -> None:
+        self._path = path
+
+    def attach(self, server: Server) -> None:
+        server.add_unary(f"/{SERVICE}/ModelInfer", self.model_infer)
+
+    async def model_infer(self, message: bytes, call: Call) -> bytes:
+        """ModelInferRequest bytes in, ModelInferResponse bytes out; outputs are always raw."""
+        arrived_s = time.monotonic()
+        try:
+            request = grpc_service_pb2.ModelInferRequest.FromString(message)
+        except DecodeError as error:
+            raise InvalidRequest("the message is no ModelInferRequest", field="request") from error
+        return _write(await self._path.run(self._read(request, arrived_s), call), request)
+
+    def _read(self, request: grpc_service_pb2.ModelInferRequest, arrived_s: float) -> Arrival:
+        inputs = read_inputs(request)
+        if len(request.outputs) > MAX_NUM_ITEMS:
+            raise InvalidRequest(f"outputs: {len(request.outputs)} are more than {MAX_NUM_ITEMS}", field="outputs")
+        for output in request.outputs:
+            if output.parameters:
+                refuse_unserved_parameters(f"output {output.name!r}", output.parameters)
+        parameters = _read_parameters(request.parameters) if request.parameters else {}
+        return Arrival(
+            model=request.model_name, revision=request.model_version, is_version=True, request_id=self._path.request_id(request.id),
+            inputs=inputs, output_names=tuple([output.name for output in request.outputs]),
+            parameters={name: value for name, value in parameters.items() if _is_for_model(name)},
+            priority=_priority(parameters), timeout_s=_timeout_s(parameters), num_bytes=sum([len(tensor.data) for tensor in inputs]),
+            arrived_s=arrived_s, field_path=oip_field,
+        )
+
+
+def _read_parameters(parameters: Mapping[str, grpc_service_pb2.InferParameter]) -> dict[str, Value]:
+    if len(parameters) > MAX_NUM_ITEMS:
+        raise InvalidRequest(f"parameters: {len(parameters)} are more than {MAX_NUM_ITEMS}", field="parameters")
+    found: dict[str, Value] = {}
+    for name, parameter in parameters.items():
+        kind = parameter.WhichOneof("parameter_choice")
+        if kind is None:
+            raise InvalidRequest(f"parameter {name!r}: has no value", field=f"parameter {name!r}")
+        value: Value = getattr(parameter, kind)
+        if isinstance(value, int) and value > _MAX_INT64:
+            raise InvalidRequest(f"parameter {name!r}: {value} is more than {_MAX_INT64}", field=f"parameter {name!r}")
+        found[name] = value
+    for name in _SEQUENCE:
+        # 0, "" and False say "no sequence", which is what every request is here.
+        if found.get(name):
+            raise InvalidRequest(f"parameter {name!r}: sequences are not served; requests are independent", field=f"parameter {name!r}")
+    return found
+
+
+def _is_for_model(name: str) -> bool:
+    return name not in _NOT_FOR_MODELS and not name.startswith("triton_")
+
+
+def _whole(parameters: Mapping[str, Value], name: str) -> int:
+    value = parameters.get(name, 0)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidRequest(f"parameter {name!r}: must be a whole number of at least 0, got {value!r}", field=f"parameter {name!r}")
+    return value
+
+
+def _priority(parameters: Mapping[str, Value]) -> int:
+    """The protocol counts 1, 2, 3… from the highest down, and 0 is the default; ours go from 100 down to -100 with 0 in the middle."""
+    level = _whole(parameters, "priority")
+    return 0 if level == 0 else max(MIN_PRIORITY, MAX_PRIORITY + 1 - level)
+
+
+def _timeout_s(parameters: Mapping[str, Value]) -> float | None:
+    """`timeout` is in microseconds; 0 and unset mean none."""
+    timeout_us = _whole(parameters, "timeout")
+    return timeout_us / 1e6 if timeout_us else None
+
+
+def _write(answered: Answered, request: grpc_service_pb2.ModelInferRequest) -> bytes:
+    """A serialised ModelInferResponse. Raw contents are framed by hand, so that their bytes are copied once, into the message."""
+    answer = answered.answer
+    tensor = grpc_service_pb2.ModelInferResponse.InferOutputTensor
+    response = grpc_service_pb2.ModelInferResponse(
+        model_name=request.model_name, model_version=answered.version, id=request.id,
+        outputs=[tensor(name=head.name, datatype=head.dtype.name, shape=head.shape) for head in answer.outputs],
+    )
+    for name, value in answer.parameters.items():
+        parameter = response.parameters[name]
+        if isinstance(value, bool):
+            parameter.bool_param = value
+        elif isinstance(value, int):
+            parameter.int64_param = value
+        elif isinstance(value, float):
+            parameter.double_param = value
+        else:
+            parameter.string_param = value
+    parts: list[bytes | memoryview] = [response.SerializeToString()]
+    for head, content in zip(answer.outputs, answer.contents, strict=True):
+        parts += (_RAW_OUTPUT_TAG, varint(head.num_bytes), *content)
+    return b"".join(parts)
