@@ -42,7 +42,7 @@ Parameters: TypeAlias = Mapping[str, Parameter]
 
 
 class InvalidInput(ValueError):
-    """The caller's fault: raise it from `preprocess`, `forward` or `postprocess` to fail one request with INVALID_ARGUMENT and your message.
+    """The caller's fault: raise it from `preprocess`, `forward` or `postprocess` and that request fails with INVALID_ARGUMENT.
 
     `field` is the path of what is wrong, e.g. `inputs.image[2]`.
     """
@@ -123,6 +123,10 @@ class Model:
     def postprocess(self, outputs: Outputs, parameters: Parameters) -> Outputs:
         """Turns one request's slice of the outputs into what the signature declares. Raise InvalidInput to refuse the request."""
         return outputs
+
+    def example(self, rows: int) -> Inputs | None:
+        """What `forward` takes, with `rows` rows, for warming up; None has it made from zeros by the signature and `preprocess`."""
+        return None
 
     def stages(self) -> Sequence[Any]:
         """The model as consecutive `torch.nn.Module`s, each taking what the one before returns: how it may be cut into pipeline stages.

@@ -40,7 +40,8 @@ async def _show_similarities(client: AsyncClient, console: Console) -> None:
         table.add_column(str(number), justify="right")
     for number, sentence in enumerate(_SENTENCES):
         shades = ("bold green" if value > 0.5 else "yellow" if value > 0.2 else "dim" for value in similarity[number])
-        table.add_row(f"{number + 1}  {sentence}", *(f"[{shade}]{value:.2f}[/]" for shade, value in zip(shades, similarity[number], strict=True)))
+        cells = (f"[{shade}]{value:.2f}[/]" for shade, value in zip(shades, similarity[number], strict=True))
+        table.add_row(f"{number + 1}  {sentence}", *cells)
     console.print(table)
     console.print(f"[dim]{result.timing}[/]")
 

@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 import sys
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -85,9 +86,9 @@ async def _serve(options: UpOptions, directories: tuple[ModelDirectory, ...], re
         await asyncio.Event().wait()
 
 
-async def _first(*coroutines: object) -> int:
+async def _first(*coroutines: Awaitable[object]) -> int:
     """Runs all until the first ends; its error is raised, and the others are cancelled and awaited."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]  # type: ignore[arg-type]
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -150,7 +151,8 @@ def _plans(options: UpOptions, registry_url: str) -> list[MemberPlan]:
 async def _wait_ready(options: UpOptions, directories: tuple[ModelDirectory, ...], registry_url: str, console: Console) -> None:
     """Shows each model's way to ready; returns when the gateway is ready too. Raises Unavailable where a group keeps failing."""
     registry = open_registry(registry_url)
-    columns = (SpinnerColumn(), TextColumn("{task.description:<20}"), BarColumn(20), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    name, state = TextColumn("{task.description:<20}"), TextColumn("{task.fields[state]}")
+    columns = (SpinnerColumn(), name, BarColumn(20), state, TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         tasks = {directory.yaml.name: progress.add_task(directory.yaml.name, total=1.0, state="waiting") for directory in directories}
         await _follow_groups(registry, tasks, progress)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import grpc
 
 from tensorway.deadline import Deadline
+from tensorway.transport.callbacks import call_guarded
 from tensorway.transport.listening import gone, too_large
 from tensorway.transport.port import ServerOptions
-
-_LOG = logging.getLogger(__name__)
 
 #: grpc.aio raises these where it touches an RPC that ended under its hands.
 _GONE: Final = (grpc.aio.BaseError, grpc.aio.AbortError)
@@ -66,10 +64,7 @@ class AioCall:
         self._is_cancelled = True
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            try:
-                callback()
-            except Exception:
-                _LOG.exception("%s: an on_cancel callback raised", self.method)
+            call_guarded(f"{self.method}: an on_cancel callback", callback)
 
     def cancel_at_stop(self) -> None:
         """The server stops: ends the handler, whose client still reads a status."""

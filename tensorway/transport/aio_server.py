@@ -131,7 +131,7 @@ class AioServer:
             error: TensorwayError = stopped()
         except TensorwayError as raised:
             error = raised
-        except Exception as raised:
+        except Exception as raised:  # noqa: BLE001 - becomes the RPC's status
             _LOG.error("%s: the handler raised %s", call.method, type(raised).__name__, exc_info=raised)
             error = InternalError(f"{type(raised).__name__}: {raised}")
         finally:

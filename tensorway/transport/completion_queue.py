@@ -15,6 +15,8 @@ from typing import Any, Final
 
 from grpc._cython import cygrpc
 
+from tensorway.transport.callbacks import call_guarded
+
 _LOG = logging.getLogger(__name__)
 
 #: What a tag leaves to the loop.
@@ -68,7 +70,7 @@ class CompletionQueuePoller:
                     rest = event.tag(event)
                     if rest is not None:
                         rests.append(rest)
-                except Exception:
+                except Exception:  # noqa: BLE001 - one RPC's bug must not end the polling of all
                     _LOG.exception("a completion event of %s could not be handled", self._name)
                 event = poll(_AT_ONCE)
             has_ended = event.completion_type == _QUEUE_SHUTDOWN
@@ -92,7 +94,4 @@ class CompletionQueuePoller:
 
 def _run(rests: list[Rest]) -> None:
     for rest in rests:
-        try:
-            rest()
-        except Exception:
-            _LOG.exception("the rest of a completion event could not be handled")
+        call_guarded("the rest of a completion event", rest)

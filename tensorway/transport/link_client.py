@@ -14,6 +14,7 @@ from typing import Final
 
 from tensorway.deadline import Deadline
 from tensorway.errors import DeadlineExceeded, InternalError, InvalidRequest, MessageTooLarge, TensorwayError, Unavailable
+from tensorway.transport.callbacks import call_guarded
 from tensorway.transport.error_detail import decode_detail
 from tensorway.transport.frames import CANCEL, CHUNK, ERROR, GOAWAY, MAX_ID, REQUEST, RESPONSE, Frame, FrameKind, decode_message
 from tensorway.transport.link_inbox import Inbox
@@ -170,15 +171,12 @@ class StreamLinkClient:
         self._inbox = Inbox(self._max_message_bytes)
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
-            self._tell_error(sink, Unavailable(f"the link to {self._endpoint} broke: {error.message}"))
+            call_guarded("a sink of a link", sink.on_error, Unavailable(f"the link to {self._endpoint} broke: {error.message}"))
         self._tell_change()
 
     def _tell_change(self) -> None:
         if self._on_change is not None:
-            try:
-                self._on_change()
-            except Exception:
-                _LOG.exception("the listener of the link to %s raised", self._endpoint)
+            call_guarded(f"the listener of the link to {self._endpoint}", self._on_change)
 
     def _take(self, frame: Frame) -> None:
         kind, id = frame.kind, frame.id
@@ -213,7 +211,7 @@ class StreamLinkClient:
         sink = self._sinks.pop(id, None)
         if sink is None:
             return
-        self._tell_error(sink, decode_detail(head))
+        call_guarded("a sink of a link", sink.on_error, decode_detail(head))
         if self._outbox.withdraw(id) is Progress.PARTIAL:
             # The peer refused a payload that is still leaving, and learns here that no more of it comes.
             self._outbox.offer(CANCEL, id)
@@ -223,24 +221,16 @@ class StreamLinkClient:
         sink = self._sinks.pop(id, None)
         if sink is None:
             return
-        self._tell_error(sink, MessageTooLarge(f"the reply is longer than the limit of {self._max_message_bytes} bytes"))
+        call_guarded(
+            "a sink of a link", sink.on_error, MessageTooLarge(f"the reply is longer than the limit of {self._max_message_bytes} bytes")
+        )
         self._outbox.offer(CANCEL, id)
         self._wake()
 
     def _tell_reply(self, id: int, head: bytes, payload: Payload) -> None:
         sink = self._sinks.pop(id, None)
-        if sink is None:
-            return
-        try:
-            sink.on_reply(head, payload)
-        except Exception:
-            _LOG.exception("a sink of the link to %s raised", self._endpoint)
-
-    def _tell_error(self, sink: ReplySink, error: TensorwayError) -> None:
-        try:
-            sink.on_error(error)
-        except Exception:
-            _LOG.exception("a sink of the link to %s raised", self._endpoint)
+        if sink is not None:
+            call_guarded("a sink of a link", sink.on_reply, head, payload)
 
     def _next_id(self) -> int:
         id = self._last_id

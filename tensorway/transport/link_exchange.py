@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from typing import Final, Protocol
 
 from tensorway.deadline import Deadline
 from tensorway.errors import TensorwayError
+from tensorway.transport.callbacks import call_guarded
 from tensorway.transport.error_detail import encode_detail
 from tensorway.transport.frames import ERROR, RESPONSE
 from tensorway.transport.port import Payload
-
-_LOG = logging.getLogger(__name__)
 
 
 class AnswerTaker(Protocol):
@@ -59,10 +57,7 @@ class LinkExchange:
         self._is_over = self._is_cancelled = True
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            try:
-                callback()
-            except Exception:
-                _LOG.exception("an on_cancel callback of an exchange raised")
+            call_guarded("an on_cancel callback of an exchange", callback)
 
     def _answer(self, kind: int, head: bytes, payload: Payload) -> None:
         if self._is_over:

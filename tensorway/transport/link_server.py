@@ -188,7 +188,7 @@ class _AcceptedLink:
         self._exchanges[first.id] = exchange
         try:
             self._on_exchange(exchange)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - becomes the answer
             _LOG.exception("the handler of an exchange raised")
             exchange.fail(as_tensorway_error(error))
 

@@ -17,6 +17,7 @@ from grpc._cython import cygrpc
 
 from tensorway.deadline import Deadline
 from tensorway.errors import InternalError, InvalidRequest, TensorwayError
+from tensorway.transport.callbacks import call_guarded
 from tensorway.transport.completion_queue import Rest, forget
 from tensorway.transport.listening import full, is_full, stopped, too_large
 from tensorway.transport.port import ServerOptions, UnaryHandler
@@ -140,10 +141,7 @@ class ServerCall:
     def _run_callbacks(self) -> None:
         callbacks, self._callbacks = self._callbacks, None
         for callback in callbacks or ():
-            try:
-                callback()
-            except Exception:
-                _LOG.exception("%s: an on_cancel callback raised", self.method)
+            call_guarded(f"{self.method}: an on_cancel callback", callback)
 
     def _begin(self, work: Callable[[], Any]) -> None:
         """In the loop: admits the call and runs its handler in a task of its own."""
@@ -220,7 +218,7 @@ class UnaryCall(ServerCall):
             if len(reply) > self._owner.options.max_message_bytes:
                 raise too_large(len(reply), self._owner.options)
             self._reply(reply)
-        except (Exception, asyncio.CancelledError) as error:
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - becomes the RPC's status
             self._fail(error)
         finally:
             self._end()

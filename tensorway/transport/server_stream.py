@@ -86,7 +86,7 @@ class StreamCall(ServerCall):
         try:
             await self._handler(self)
             self._send_status(None)
-        except (Exception, asyncio.CancelledError) as error:
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - becomes the RPC's status
             self._fail(error)
         finally:
             self._end()

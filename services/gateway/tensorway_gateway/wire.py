@@ -1,4 +1,4 @@
-"""Between the link's heads and the gateway's dataclasses, and the pieces of wire format that spare a copy of tensor bytes."""
+"""Between the link's heads and the gateway's dataclasses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from tensorway.errors import InternalError, InvalidRequest
 from tensorway.tensors import Buffer, DataType, TensorHead
 from tensorway.transport.port import Payload
-from tensorway.v1 import link_pb2, tensor_pb2
+from tensorway.v1 import link_pb2
 from tensorway_gateway.requests import MAX_NUM_ITEMS, Answer, Arrival, Timing, Value
 
 #: Element type by number; a number that is no type has no entry.
@@ -90,23 +90,6 @@ def write_parameters(values: Mapping[str, Value], target: Any) -> None:
             parameter.double_value = value
         else:
             parameter.string_value = value
-
-
-def describe_tensor(head: TensorHead) -> bytes:
-    """A serialised `tensorway.v1.Tensor` of everything but its bytes."""
-    return tensor_pb2.Tensor(name=head.name, dtype=head.dtype, shape=head.shape).SerializeToString()  # type: ignore[arg-type]
-
-
-def varint(number: int) -> bytes:
-    """`number` as protobuf writes a length."""
-    if number < 0x80:
-        return bytes((number,))
-    digits = bytearray()
-    while number > 0x7F:
-        digits.append(number & 0x7F | 0x80)
-        number >>= 7
-    digits.append(number)
-    return bytes(digits)
 
 
 def _cut(outputs: list[TensorHead], payload: Payload) -> tuple[Payload, ...]:

@@ -17,7 +17,7 @@ class Orchestrator:
     """Implements `tensorway.service.Service`."""
 
     name = "orchestrator"
-    reflected = ("tensorway.v1.InferenceService", "tensorway.v1.LinkService")
+    reflected: tuple[str, ...] = ("tensorway.v1.InferenceService", "tensorway.v1.LinkService")
 
     def __init__(self, settings: OrchestratorSettings) -> None:
         self._settings = settings

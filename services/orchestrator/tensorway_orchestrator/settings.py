@@ -13,6 +13,6 @@ class OrchestratorSettings(ServiceSettings):
     listen: str = Field("127.0.0.1:8011", description="gRPC endpoint to bind: host:port (port 0 takes a free one) or unix:path.")
     ops_listen: str = Field("127.0.0.1:8012", description="HTTP endpoint for /healthz, /readyz and /metrics; `off` for none.")
     max_batch_bytes: int = Field(64 * 1024 * 1024, ge=1, description="Most tensor bytes in one batch; a larger request goes alone.")
-    max_queue_bytes: int = Field(2 * 1024**3, ge=1, description="Most tensor bytes held here, queued or in flight, before RESOURCE_EXHAUSTED.")
+    max_queue_bytes: int = Field(2 * 1024**3, ge=1, description="Most tensor bytes held here before RESOURCE_EXHAUSTED.")
     max_attempts: int = Field(3, ge=1, description="Most attempts for one request, the first included.")
     group_wait_s: float = Field(10.0, ge=0, description="Seconds that requests wait while no group of their model lives.")

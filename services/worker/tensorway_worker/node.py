@@ -24,7 +24,7 @@ class Node:
     """Implements `tensorway.service.Service`."""
 
     name = "node"
-    reflected = ("tensorway.v1.NodeService",)
+    reflected: tuple[str, ...] = ("tensorway.v1.NodeService",)
 
     def __init__(self, settings: NodeSettings) -> None:
         self._settings = settings

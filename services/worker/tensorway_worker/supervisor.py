@@ -173,9 +173,11 @@ class GroupSupervisor:
         device = self.devices[rank]
         return RankLaunch(
             model_path=str(self.directory.path), model=model.name, revision=self.replica.revision, group=self.report.id,
-            epoch=self.report.epoch, rank=rank, world_size=topology.world_size, pipeline=topology.pipeline, tensor=topology.tensor,
+            epoch=self.report.epoch, rank=rank, world_size=topology.world_size,
+            pipeline=topology.pipeline, tensor=topology.tensor,
             node=self.node, registry=settings.registry, listen=settings.rank_listen, advertise_host=settings.advertise_host,
-            rendezvous_dir=rendezvous, threads=threads_per_rank(os.cpu_count() or 1, topology.world_size, model.threads or settings.threads),
+            rendezvous_dir=rendezvous,
+            threads=threads_per_rank(os.cpu_count() or 1, topology.world_size, model.threads or settings.threads),
             # A rank sees its one device only, by CUDA_VISIBLE_DEVICES.
             device="cpu" if device == "cpu" else "cuda:0", transport=settings.transport, max_message_bytes=settings.max_message_bytes,
             heartbeat_s=settings.heartbeat_s, grace_s=settings.grace_s, log_level=settings.log_level, log_format=settings.log_format,

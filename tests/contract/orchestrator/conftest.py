@@ -59,7 +59,8 @@ class Batch:
                 detail = link_pb2.ErrorDetail(reason=error.reason, status=error.status, message=error.message)
                 reply.results.add(error=detail)
             else:
-                head = link_pb2.ResponseHead(outputs=[link_pb2.TensorHead(name="output", dtype=2, shape=request.inputs[0].shape, num_bytes=size)])
+                output = link_pb2.TensorHead(name="output", dtype=2, shape=request.inputs[0].shape, num_bytes=size)
+                head = link_pb2.ResponseHead(outputs=[output])
                 reply.results.add(response=head.SerializeToString(), body_bytes=size)
                 kept.append(content[offset : offset + size])
             offset += size
@@ -123,7 +124,9 @@ class Bench:
     def has_room(self, group: str) -> bool:
         return self.dispatcher.lane("echo", "").groups[group].can_take
 
-    async def infer(self, name: str, content: bytes = b"abc", *, rows: int = 1, timeout_s: float = 10.0, priority: int = 0, model: str = "echo") -> bytes:
+    async def infer(
+        self, name: str, content: bytes = b"abc", *, rows: int = 1, timeout_s: float = 10.0, priority: int = 0, model: str = "echo"
+    ) -> bytes:
         """One request over the link; returns the output's bytes."""
         head = link_pb2.RequestHead(request_id=name, model=model, rows=rows, priority=priority)
         head.inputs.add(name="input", dtype=2, shape=[rows, len(content) // max(1, rows)], num_bytes=len(content))

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from tensorway.errors import (
-    DeadlineExceeded, InvalidRequest, ModelFailed, NotFound, Overloaded, TensorwayError, Unavailable,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelFailed,
+    NotFound,
+    Overloaded,
+    TensorwayError,
+    Unavailable,
 )
 from tensorway.signature import Batching
 from tensorway.transport import AsyncChannel

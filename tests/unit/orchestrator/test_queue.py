@@ -15,7 +15,9 @@ from tensorway_orchestrator.requests import Request, RequestQueue
 _ORIGIN: Any = object()
 
 
-def request(name: str = "r", rows: int = 1, *, priority: int = 0, deadline_s: float = 10.0, key: tuple[int, ...] = (), size: int = 8) -> Request:
+def request(
+    name: str = "r", rows: int = 1, *, priority: int = 0, deadline_s: float = 10.0, key: tuple[int, ...] = (), size: int = 8
+) -> Request:
     return Request(name, rows, size, priority, deadline_s, key, b"", (), 0.0, _ORIGIN)
 
 

@@ -66,7 +66,10 @@ def test_nothing_is_predicted_from_too_little() -> None:
 
 @pytest.mark.parametrize(
     ("error", "retried"),
-    [(Unavailable("x"), True), (Overloaded("x"), True), (ModelFailed("x"), False), (InvalidRequest("x"), False), (DeadlineExceeded("x"), False)],
+    [
+        (Unavailable("x"), True), (Overloaded("x"), True), (ModelFailed("x"), False), (InvalidRequest("x"), False),
+        (DeadlineExceeded("x"), False),
+    ],
 )
 def test_only_lost_attempts_are_tried_again(error: TensorwayError, retried: bool) -> None:
     policy = RetryPolicy()

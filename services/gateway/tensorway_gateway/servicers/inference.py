@@ -8,17 +8,15 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from tensorway.errors import InvalidRequest
+from tensorway.tensor_message import tensor_field
 from tensorway.tensors import Tensor
 from tensorway.transport.port import Call, Server
 from tensorway.v1 import inference_pb2
 from tensorway_gateway.path import RequestPath
 from tensorway_gateway.requests import MAX_NUM_DIMENSIONS, MAX_NUM_ITEMS, Answered, Arrival
-from tensorway_gateway.wire import DTYPES, describe_tensor, read_parameters, varint, write_parameters
+from tensorway_gateway.wire import DTYPES, read_parameters, write_parameters
 
 SERVICE: Final = "tensorway.v1.InferenceService"
-#: Tags of `InferResponse.outputs` and of `Tensor.data`, both field 4 with a length.
-_OUTPUT_TAG: Final = b"\x22"
-_DATA_TAG: Final = b"\x22"
 
 
 class InferenceServicer:
@@ -70,8 +68,5 @@ def _write(answered: Answered, model: str) -> bytes:
         write_parameters(answer.parameters, response.parameters)
     parts: list[bytes | memoryview] = [response.SerializeToString()]
     for head, content in zip(answer.outputs, answer.contents, strict=True):
-        described = describe_tensor(head)
-        length = varint(head.num_bytes)
-        size = varint(len(described) + len(_DATA_TAG) + len(length) + head.num_bytes)
-        parts += (_OUTPUT_TAG, size, described, _DATA_TAG, length, *content)
+        parts += tensor_field(head, content)
     return b"".join(parts)

@@ -10,11 +10,11 @@ from google.protobuf.message import DecodeError
 
 from tensorway.compat import grpc_service_pb2
 from tensorway.errors import InvalidRequest
+from tensorway.tensor_message import varint
 from tensorway.transport.port import Call, Server
 from tensorway_gateway.path import RequestPath
 from tensorway_gateway.requests import MAX_NUM_ITEMS, MAX_PRIORITY, MIN_PRIORITY, Answered, Arrival, Value
 from tensorway_gateway.servicers.oip_tensors import oip_field, read_inputs, refuse_unserved_parameters
-from tensorway_gateway.wire import varint
 
 SERVICE: Final = "inference.GRPCInferenceService"
 #: Tag of `ModelInferResponse.raw_output_contents`, field 6 with a length.

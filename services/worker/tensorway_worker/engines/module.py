@@ -80,6 +80,9 @@ class ModuleEngine:
     def postprocess(self, outputs: Outputs, parameters: Parameters) -> Outputs:
         return outputs
 
+    def example(self, rows: int) -> Inputs | None:
+        return None
+
     def memory_bytes(self) -> int:
         return 0 if self._module is None else module_bytes(self._module)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tensorway.errors import InvalidRequest, ModelFailed, TensorwayError
-from tensorway.model import InvalidInput, Inputs, Outputs, Parameters
+from tensorway.model import Inputs, InvalidInput, Outputs, Parameters
 
 
 class Engine(Protocol):
@@ -34,6 +34,9 @@ class Engine(Protocol):
 
     def postprocess(self, outputs: Outputs, parameters: Parameters) -> Outputs:
         """One request's slice of the outputs, on the CPU, in a staging thread."""
+
+    def example(self, rows: int) -> Inputs | None:
+        """Inputs of `run` for warming up, on the CPU; None to have them made from the signature."""
 
     def memory_bytes(self) -> int:
         """Bytes that the model's weights take."""

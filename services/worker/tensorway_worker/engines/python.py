@@ -56,6 +56,9 @@ class PythonEngine:
     def postprocess(self, outputs: Outputs, parameters: Parameters) -> Outputs:
         return self._model.postprocess(outputs, parameters)
 
+    def example(self, rows: int) -> Inputs | None:
+        return self._model.example(rows)
+
     def memory_bytes(self) -> int:
         modules = [value for value in vars(self._model).values() if isinstance(value, torch.nn.Module)]
         return sum(map(module_bytes, modules))

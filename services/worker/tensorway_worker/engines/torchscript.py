@@ -20,5 +20,5 @@ def _load(path: Path, device: str) -> torch.nn.Module:
     with warnings.catch_warnings():
         # TorchScript is deprecated for new models; this engine exists for those that are already saved.
         warnings.simplefilter("ignore", DeprecationWarning)
-        module: torch.nn.Module = torch.jit.load(str(path), map_location=device)
+        module: torch.nn.Module = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
     return module.eval()

@@ -22,7 +22,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from tensorway.errors import FailedPrecondition, ModelFailed
-from tensorway.model import InvalidInput, Inputs, Outputs, Parameters, Value
+from tensorway.model import Inputs, InvalidInput, Outputs, Parameters, Value
 from tensorway.model_directory import FILES_DIR, ModelDirectory
 from tensorway.tensors import DataType
 from tensorway_worker.engines.weights import DTYPES, load_weights, module_bytes
@@ -123,6 +123,9 @@ class TransformersEngine:
 
     def postprocess(self, outputs: Outputs, parameters: Parameters) -> Outputs:
         return outputs
+
+    def example(self, rows: int) -> Inputs | None:
+        return None
 
     def memory_bytes(self) -> int:
         return 0 if self._model is None else module_bytes(self._model)

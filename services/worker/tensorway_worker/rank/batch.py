@@ -114,9 +114,11 @@ def join(prepared: Sequence[Prepared], padding: Mapping[str, float], device: str
         inputs = {name: _join_values([column[name] for column in columns], padding.get(name)) for name in columns[0]}
     if not is_cuda:
         return inputs
-    return {
-        name: value.to(device, non_blocking=value.is_pinned()) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
-    }
+    return {name: _on_device(value, device) for name, value in inputs.items()}
+
+
+def _on_device(value: Value, device: str) -> Value:
+    return value.to(device, non_blocking=value.is_pinned()) if isinstance(value, torch.Tensor) else value
 
 
 def _values(item: Prepared) -> Inputs:

@@ -89,8 +89,8 @@ class Layouts:
             missing = [name for name in self._specs if name not in names]
             raise InvalidRequest(f"inputs: expected each of {list(self._specs)} once, missing {missing}", field="inputs")
         rows = extents.get(ROWS, 1) if self._is_batchable else 1
-        key = tuple((item.name, item.shape[1:]) for item in inputs if item.name not in self._padded)
-        return Layout(tuple(inputs), num_bytes, rows, extents, tuple(sorted(key)))
+        join_key = sorted((item.name, item.shape[1:]) for item in inputs if item.name not in self._padded)
+        return Layout(tuple(inputs), num_bytes, rows, extents, tuple(join_key))
 
 
 def bind_extents(spec: TensorSpec, shape: tuple[int, ...], extents: dict[str, int], field: str) -> None:
@@ -98,7 +98,8 @@ def bind_extents(spec: TensorSpec, shape: tuple[int, ...], extents: dict[str, in
     name already has another extent."""
     if len(shape) != len(spec.shape):
         raise InvalidRequest(
-            f"{field}: {spec.name} must have {len(spec.shape)} dimensions {list(spec.shape)}, got shape {list(shape)}", field=f"{field}.shape"
+            f"{field}: {spec.name} must have {len(spec.shape)} dimensions {list(spec.shape)}, got shape {list(shape)}",
+            field=f"{field}.shape",
         )
     for dimension, extent in zip(spec.shape, shape, strict=True):
         wanted = dimension if isinstance(dimension, int) else extents.setdefault(dimension, extent)

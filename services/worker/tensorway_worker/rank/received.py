@@ -67,7 +67,7 @@ def flat_tensor(data: Buffer, dtype: torch.dtype) -> torch.Tensor:
 def pinned_tensor(pieces: Sequence[Buffer], dtype: torch.dtype, num_bytes: int) -> torch.Tensor:
     """A 1-d tensor in page-locked memory with the bytes of `pieces`, each copied once: the fastest source for a copy to a GPU."""
     raw = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    view = memoryview(raw.numpy())
+    view = memoryview(raw.numpy().data)
     offset = 0
     for piece in pieces:
         view[offset : offset + len(piece)] = piece
@@ -101,7 +101,7 @@ def bytes_of(value: Value) -> Buffer:
         if value.requires_grad:
             value = value.detach()
         # `contiguous` resolves strides; flattening first lets a scalar be viewed as bytes too.
-        return memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return value.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return encode_bytes(_element(element) for element in value.reshape(-1).tolist())
 
 

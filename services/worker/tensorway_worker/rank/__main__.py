@@ -1,0 +1,33 @@
+"""`python -m tensorway_worker.rank`: one rank process, started by a node (see launch.py for what passes between them)."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from tensorway_worker.rank.node_pipe import die_with_node, read_launch
+
+
+def main() -> int:
+    """Runs the rank; returns its exit status."""
+    # Before anything slow: from here on the rank cannot outlive its node.
+    die_with_node()
+    launch = read_launch(sys.stdin.fileno())
+    from tensorway.telemetry.logs import configure_logs
+
+    configure_logs("rank", launch.group, launch.log_level, launch.log_format)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, launch.threads)))
+    import uvloop
+
+    from tensorway_worker.rank.lifecycle import Rank
+
+    return uvloop.run(Rank(launch).run(os.environ, sys.stdin.fileno()))
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A hung step must not hold up the exit: its thread is a daemon, but the interpreter's and torch's own clean-up would wait for it.
+    os._exit(status)

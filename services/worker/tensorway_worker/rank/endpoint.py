@@ -1,0 +1,106 @@
+"""What others can reach of a leader: links, Infer, health, reflection, and its row in the registry."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from typing import Final
+
+from tensorway.deadline import Deadline
+from tensorway.registry import open_registry
+from tensorway.registry.port import GROUP, Lease, Registration
+from tensorway.signature import RevisionSpec
+from tensorway.transport import HealthService, LinkServer, add_reflection, create_server
+from tensorway.transport.port import ServerOptions
+from tensorway_worker.engines.port import Engine
+from tensorway_worker.rank.codec import Codec
+from tensorway_worker.rank.executor import Executor
+from tensorway_worker.rank.launch import RankLaunch
+from tensorway_worker.rank.layout import Layouts
+from tensorway_worker.rank.leader import INFER, Leader
+from tensorway_worker.rank.step import BatchRunner
+
+_LOG = logging.getLogger(__name__)
+
+INFERENCE_SERVICE: Final = "tensorway.v1.InferenceService"
+LINK_SERVICE: Final = "tensorway.v1.LinkService"
+HEALTH_SERVICE: Final = "grpc.health.v1.Health"
+_WILDCARDS: Final = ("0.0.0.0", "[::]", "::", "*")
+
+
+class Endpoint:
+    """The leader's server and lease."""
+
+    def __init__(self, launch: RankLaunch, spec: RevisionSpec, engine: Engine, runner: BatchRunner, executor: Executor) -> None:
+        self._launch = launch
+        self._spec = spec
+        codec = Codec(launch.model, launch.revision, Layouts(spec.signature, runner.padding), runner.rules.check_names)
+        self._leader = Leader(
+            asyncio.get_running_loop(),
+            executor,
+            runner,
+            codec,
+            launch.epoch,
+            stages_apart=engine.has_preprocess or engine.device != "cpu",
+            finishes_apart=engine.has_postprocess,
+        )
+        self._server = create_server(ServerOptions(launch.listen, launch.transport, launch.max_message_bytes))
+        self._links = LinkServer(self._leader.on_exchange, launch.max_message_bytes)
+        self._links.attach(self._server)
+        self._server.add_unary(INFER, self._leader.infer)
+        self._health = HealthService((INFERENCE_SERVICE, LINK_SERVICE))
+        self._health.attach(self._server)
+        add_reflection(self._server, (INFERENCE_SERVICE, LINK_SERVICE, HEALTH_SERVICE))
+        self._registry = open_registry(launch.registry)
+        self._lease: Lease | None = None
+
+    async def open(self) -> str:
+        """Binds, registers and serves; returns what others dial. Raises Unavailable or FailedPrecondition."""
+        launch = self._launch
+        endpoint = dialable(await self._server.start(), launch.advertise_host)
+        metadata = {
+            "model": launch.model,
+            "revision": launch.revision,
+            "epoch": str(launch.epoch),
+            "node": launch.node,
+            "max_rows": str(self._spec.batching.max_rows),
+            "pid": str(os.getpid()),
+        }
+        self._show_health(True)
+        self._lease = await self._registry.register(Registration(GROUP, launch.group, endpoint, metadata))
+        _LOG.info("serving", extra={"fields": {"endpoint": endpoint, "model": launch.model, "epoch": launch.epoch}})
+        return endpoint
+
+    async def drain(self, deadline: Deadline) -> None:
+        """Health first, then the lease, then the work: nobody new is sent here while accepted batches finish."""
+        self._show_health(False)
+        if self._lease is not None:
+            await self._lease.release()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._leader.drain(deadline))
+            tasks.create_task(self._links.drain(deadline))
+
+    async def close(self) -> None:
+        """Ends everything at once; harmless to repeat."""
+        self._health.shutdown()
+        await self._server.stop(0.0)
+        self._leader.close()
+        await self._registry.close()
+
+    def _show_health(self, serving: bool) -> None:
+        for name in ("", INFERENCE_SERVICE, LINK_SERVICE):
+            self._health.set(name, serving)
+
+
+def dialable(endpoint: str, advertise_host: str) -> str:
+    """The endpoint that others dial: `advertise_host` where one is given, this machine's name for a wildcard."""
+    if endpoint.startswith("unix:"):
+        return endpoint
+    host, _, port = endpoint.rpartition(":")
+    if advertise_host:
+        host = advertise_host
+    elif host in _WILDCARDS:
+        host = socket.gethostname()
+    return f"{host}:{port}"

@@ -1,0 +1,106 @@
+"""The rank's one torch thread: everything that touches the model runs there, in order, under inference_mode."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import TypeVar
+
+import torch
+
+_LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+#: One piece of work; it must not raise.
+Work = Callable[[], None]
+
+
+
+class Executor:
+    """Runs work in one dedicated thread.
+
+    Counts steps, and tells how long the running one has taken: read from the loop's thread, so that a hung step shows.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, num_threads: int, on_crash: Callable[[BaseException], None]) -> None:
+        self._loop = loop
+        self._num_threads = num_threads
+        self._on_crash = on_crash
+        self._queue: SimpleQueue[Work | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="torch", daemon=True)
+        self.num_steps = 0
+        self._step_started_s = 0.0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after the work that is queued. Does not wait: a hung step must not keep the process alive."""
+        self._queue.put(None)
+
+    def enqueue(self, work: Work) -> None:
+        """Queues `work`, from any thread. An exception that escapes it counts as a crash of the rank."""
+        self._queue.put(work)
+
+    def run(self, call: Callable[[], T]) -> asyncio.Future[T]:
+        """Runs `call` in the torch thread; the future, of the loop, gets its result or exception."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def work() -> None:
+            try:
+                result = call()
+            except Exception as error:
+                self._loop.call_soon_threadsafe(_fail, future, error)
+            else:
+                self._loop.call_soon_threadsafe(_resolve, future, result)
+
+        self._queue.put(work)
+        return future
+
+    def crash(self, error: BaseException) -> None:
+        """Reports, from any thread, that the rank is of no more use."""
+        self._loop.call_soon_threadsafe(self._on_crash, error)
+
+    @property
+    def step_running_s(self) -> float:
+        """Seconds since the running step began; 0 between steps."""
+        started_s = self._step_started_s
+        return time.monotonic() - started_s if started_s else 0.0
+
+    def begin_step(self) -> float:
+        """Marks the start of a step; returns the instant."""
+        self._step_started_s = time.monotonic()
+        return self._step_started_s
+
+    def end_step(self) -> float:
+        """Marks its end; returns the instant."""
+        self._step_started_s = 0.0
+        self.num_steps += 1
+        return time.monotonic()
+
+    def _serve(self) -> None:
+        torch.set_num_threads(self._num_threads)
+        with torch.inference_mode():
+            while (work := self._queue.get()) is not None:
+                try:
+                    work()
+                except BaseException as error:
+                    _LOG.exception("the torch thread crashed")
+                    self.crash(error)
+                    return
+                # Tensors of the last batch must not live until the next comes.
+                del work
+
+
+def _resolve(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[T], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

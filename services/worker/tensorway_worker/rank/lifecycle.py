@@ -1,0 +1,166 @@
+"""A rank from launch to exit.
+
+    starting → loading (weights, in the torch thread) → group joined → warming → ready: endpoint open, lease held
+    SIGTERM, or the node gone: lease released → accepted batches finish within the grace period → exit 0
+    a second signal: out at once, status 130
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeVar
+
+from tensorway.deadline import Deadline
+from tensorway.errors import FailedPrecondition, TensorwayError
+from tensorway.model_directory import ModelDirectory, load_directory
+from tensorway_worker.engines import open_engine
+from tensorway_worker.engines.port import Engine, model_error
+from tensorway_worker.rank.endpoint import Endpoint
+from tensorway_worker.rank.executor import Executor
+from tensorway_worker.rank.group import GroupPlace, RpcGroup
+from tensorway_worker.rank.launch import FAILED, LOADING, READY, STOPPING, WARMING, RankLaunch
+from tensorway_worker.rank.node_pipe import StatusPipe, watch_node
+from tensorway_worker.rank.report import Report
+from tensorway_worker.rank.step import BatchRunner
+from tensorway_worker.rank.warmup import warm_up
+
+_LOG = logging.getLogger(__name__)
+_EXIT_SECOND_SIGNAL: Final = 130
+T = TypeVar("T")
+
+
+class _Stopped(Exception):
+    """Asked to stop before it was ready."""
+
+
+@dataclass(slots=True)
+class Rank:
+    """One run of one rank."""
+
+    launch: RankLaunch
+    _num_signals: int = 0
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _crash: BaseException | None = None
+
+    async def run(self, environment: Mapping[str, str], orders: int) -> int:
+        """Serves until told to stop; returns the exit status. `orders` is the descriptor of the node's pipe."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        watch_node(loop, orders, self._on_node_gone)
+        executor = Executor(loop, self.launch.threads, self._on_crash)
+        executor.start()
+        report = Report(StatusPipe(environment), executor)
+        heartbeat = asyncio.ensure_future(report.heartbeat(self.launch.heartbeat_s))
+        try:
+            await self._serve(executor, report)
+        except _Stopped:
+            return 0
+        except Exception as error:
+            if not isinstance(error, TensorwayError):
+                _LOG.exception("the rank failed")
+            report.change(FAILED, _sentence(error))
+            return 1
+        finally:
+            heartbeat.cancel()
+            executor.stop()
+        return 0
+
+    async def _serve(self, executor: Executor, report: Report) -> None:
+        launch = self.launch
+        report.change(LOADING, f"loading {launch.model}")
+        directory = _checked_directory(launch)
+        engine = await self._unless_stopped(executor.run(lambda: _loaded(directory, launch)))
+        group = RpcGroup(_place(launch, directory), engine.run, executor.enqueue)
+        await self._unless_stopped(executor.run(group.join))
+        runner = BatchRunner(engine, directory.spec, directory.path, group.run)
+        endpoint: Endpoint | None = None
+        try:
+            if launch.rank == 0:
+                report.change(WARMING)
+                await self._unless_stopped(executor.run(lambda: warm_up(engine, directory.spec, runner, group.run)))
+                endpoint = Endpoint(launch, directory.spec, engine, runner, executor)
+                report.change(READY, endpoint=await endpoint.open())
+            else:
+                report.change(READY)
+            await self._stopping.wait()
+            if self._crash is not None:
+                raise self._crash
+            report.change(STOPPING)
+            if endpoint is not None:
+                await endpoint.drain(Deadline.after(launch.grace_s))
+        finally:
+            if endpoint is not None:
+                await endpoint.close()
+            runner.close()
+            group.leave()
+
+    async def _unless_stopped(self, work: asyncio.Future[T]) -> T:
+        """The result of `work`, or _Stopped as soon as the rank is asked to stop: loading cannot be interrupted, only left behind."""
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+        if self._crash is not None:
+            raise self._crash
+        if not work.done():
+            work.cancel()
+            raise _Stopped
+        return work.result()
+
+    def _on_signal(self) -> None:
+        self._num_signals += 1
+        if self._num_signals > 1:
+            os._exit(_EXIT_SECOND_SIGNAL)
+        self._stopping.set()
+
+    def _on_node_gone(self) -> None:
+        _LOG.warning("the node has gone; stopping")
+        self._stopping.set()
+
+    def _on_crash(self, error: BaseException) -> None:
+        self._crash = error
+        self._stopping.set()
+
+
+def _checked_directory(launch: RankLaunch) -> ModelDirectory:
+    """The model directory, as the node saw it. Raises FailedPrecondition where it has changed since, or files are missing."""
+    directory = load_directory(Path(launch.model_path))
+    if directory.spec.revision != launch.revision:
+        raise FailedPrecondition(
+            f"{launch.model_path} has changed: it is revision {directory.spec.revision[:12]} now, not {launch.revision[:12]}",
+            field="revision",
+        )
+    missing = [file.path for file in directory.missing_files()]
+    if missing:
+        raise FailedPrecondition(f"files are missing: {', '.join(missing)}; run `tensorway models fetch`", field="files")
+    return directory
+
+
+def _loaded(directory: ModelDirectory, launch: RankLaunch) -> Engine:
+    """In the torch thread."""
+    try:
+        engine = open_engine(directory, launch.device, launch.rank, launch.world_size)
+        engine.load()
+    except Exception as error:
+        if not isinstance(error, TensorwayError):
+            _LOG.exception("the model could not be loaded")
+        raise model_error(error, directory.path, "load") from error
+    _LOG.info("loaded", extra={"fields": {"model": launch.model, "memory_bytes": engine.memory_bytes(), "device": launch.device}})
+    return engine
+
+
+def _place(launch: RankLaunch, directory: ModelDirectory) -> GroupPlace:
+    return GroupPlace(launch.rank, launch.world_size, launch.epoch, Path(launch.rendezvous_dir), directory.yaml.startup_timeout_s)
+
+
+def _sentence(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text if isinstance(error, TensorwayError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,68 @@
+"""Steps on made-up inputs before the first caller comes: kernels are chosen, memory is taken, and a model that cannot run is found out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Final
+
+import torch
+
+from tensorway.errors import CallerError, TensorwayError
+from tensorway.model import Inputs
+from tensorway.signature import ROWS, RevisionSpec, TensorSpec
+from tensorway.tensors import ITEM_SIZE, DataType, encode_bytes, num_elements
+from tensorway_worker.engines.port import Engine
+from tensorway_worker.rank.batch import Request
+from tensorway_worker.rank.group_port import StepRunner
+from tensorway_worker.rank.layout import Layouts
+from tensorway_worker.rank.step import BatchRunner
+
+_LOG = logging.getLogger(__name__)
+
+#: Extent of a dimension that varies.
+_EXTENT: Final = 8
+_DEADLINE_S: Final = 3600.0
+
+
+def warm_up(engine: Engine, spec: RevisionSpec, runner: BatchRunner, run_step: StepRunner) -> None:
+    """Runs one step of 1 row and one of `max_rows`, in the torch thread. Raises what the model raises.
+
+    A model may refuse made-up inputs as a caller's fault (zero bytes are no picture): that is not a failure.
+    """
+    sizes = sorted({1, spec.batching.max_rows}) if spec.signature.is_batchable else [1]
+    for rows in sizes:
+        example = engine.example(rows)
+        if example is not None:
+            run_step(_on_device(example, engine.device))
+            continue
+        staged = runner.stage([zero_request(spec, rows, runner)])
+        runner.run(staged)
+        (result,) = runner.finish(staged)
+        if isinstance(result, CallerError):
+            _LOG.info("the model refused the warm-up: %s", result.message)
+        elif isinstance(result, TensorwayError):
+            raise result
+
+
+def zero_request(spec: RevisionSpec, rows: int, runner: BatchRunner) -> Request:
+    """A request of zeros (BYTES: empty strings) that fits the signature."""
+    contents = [_zeros(tensor, rows) for tensor in spec.signature.inputs]
+    specs = zip(spec.signature.inputs, contents, strict=True)
+    key = tuple((tensor.name, int(tensor.dtype), shape, len(data)) for tensor, (shape, data) in specs)
+    layout = Layouts(spec.signature, runner.padding).of(key)
+    if layout.error is not None:
+        raise layout.error
+    return Request("warm-up", layout, tuple((data,) for _, data in contents), (), {}, time.monotonic() + _DEADLINE_S)
+
+
+def _zeros(spec: TensorSpec, rows: int) -> tuple[tuple[int, ...], bytes]:
+    shape = tuple(extent if isinstance(extent, int) else rows if extent == ROWS else _EXTENT for extent in spec.shape)
+    count = num_elements(shape, spec.name)
+    if spec.dtype is DataType.BYTES:
+        return shape, encode_bytes([b""] * count)
+    return shape, bytes(count * ITEM_SIZE[spec.dtype])
+
+
+def _on_device(inputs: Inputs, device: str) -> Inputs:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}

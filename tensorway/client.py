@@ -1,0 +1,255 @@
+"""The Python client: `Client` for ordinary code, `AsyncClient` for asyncio.
+
+    with Client("localhost:8001") as client:
+        result = client.infer("minilm", {"text": ["a sentence", "another"]})
+        result["embedding"]          # numpy, [2, 384]
+
+Both retry what another attempt may cure (a lost or overloaded service), within the deadline, and raise `TensorwayError`s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from tensorway.arrays import to_tensor
+from tensorway.deadline import DEFAULT_TIMEOUT_S, Deadline
+from tensorway.errors import DeadlineExceeded, InvalidRequest, TensorwayError, Unavailable
+from tensorway.registry.port import Registration
+from tensorway.results import InferResult, ModelDescription, read_model, read_result
+from tensorway.tensor_message import tensor_field
+from tensorway.tensors import Buffer
+from tensorway.transport import AsyncChannel, BlockingChannel, UnaryReply
+from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES
+from tensorway.v1 import inference_pb2, mesh_pb2, model_pb2
+
+__all__ = ["AsyncClient", "Client"]
+
+Metadata = Mapping[str, str] | Sequence[tuple[str, str]]
+Parameters = Mapping[str, bool | int | float | str]
+
+DEFAULT_ENDPOINT: Final = "localhost:8001"
+_INFER: Final = "/tensorway.v1.InferenceService/Infer"
+_LIST_MODELS: Final = "/tensorway.v1.ModelService/ListModels"
+_GET_MODEL: Final = "/tensorway.v1.ModelService/GetModel"
+_GET_TOPOLOGY: Final = "/tensorway.v1.MeshService/GetTopology"
+_CHECK: Final = "/grpc.health.v1.Health/Check"
+#: A grpc.health.v1 request for the whole server, and the response that says SERVING (field 1 = 1).
+_CHECK_ALL: Final = b""
+_SERVING: Final = b"\x08\x01"
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 2.0
+
+
+@dataclass(slots=True)
+class _Attempts:
+    """The attempts of one call: how many are left, and how long to pause before the next."""
+
+    deadline: Deadline
+    num_left: int
+    num_failed: int = 0
+
+    def pause_s(self, error: TensorwayError) -> float:
+        """Seconds to wait before the next attempt. Raises `error` where there is none: not curable, no attempt or no time left."""
+        pause_s: float = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self.num_failed) * random.uniform(0.5, 1.0)
+        pause_s = max(pause_s, error.retry_after_s)
+        if not error.is_retryable or self.num_left == 0 or self.deadline.remaining_s() <= pause_s:
+            raise error
+        self.num_left -= 1
+        self.num_failed += 1
+        return pause_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """What both clients share: their settings, and messages to and from bytes."""
+
+    endpoint: str
+    timeout_s: float
+    retries: int
+    as_torch: bool
+
+    def begin(self, timeout_s: float | None) -> _Attempts:
+        return _Attempts(Deadline.after(self.timeout_s if timeout_s is None else timeout_s), self.retries)
+
+    def infer_request(
+        self, model: str, inputs: Mapping[str, Any], outputs: Sequence[str] | None, revision: str, request_id: str,
+        parameters: Parameters | None, priority: int,
+    ) -> bytes:
+        """A serialised InferRequest. Raises InvalidRequest for what cannot be sent."""
+        if isinstance(outputs, str):
+            raise InvalidRequest(f"outputs: give a list of names, not the string {outputs!r}", field="outputs")
+        try:
+            request = inference_pb2.InferRequest(
+                model=model, revision=revision, request_id=request_id, output_names=outputs or (), priority=priority
+            )
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"request: {error}", field="request") from error
+        for name, value in (parameters or {}).items():
+            _write_parameter(name, value, request)
+        parts: list[Buffer] = [request.SerializeToString()]
+        for name, value in inputs.items():
+            tensor = to_tensor(name, value)
+            parts += tensor_field(tensor.head, (tensor.data,))
+        return b"".join(parts)
+
+    def infer_result(self, reply: UnaryReply) -> InferResult:
+        return read_result(reply.response, reply.trailers, as_torch=self.as_torch)
+
+    def models(self, reply: UnaryReply) -> tuple[ModelDescription, ...]:
+        return tuple(map(read_model, model_pb2.ListModelsResponse.FromString(reply.response).models))
+
+    def model(self, reply: UnaryReply) -> ModelDescription:
+        return read_model(model_pb2.GetModelResponse.FromString(reply.response).model)
+
+    def topology(self, reply: UnaryReply) -> tuple[Registration, ...]:
+        members = mesh_pb2.GetTopologyResponse.FromString(reply.response).members
+        return tuple(Registration(item.kind, item.id, item.endpoint, dict(item.metadata)) for item in members)
+
+
+class Client:
+    """A client of one gateway; may be shared between threads. Close it, or use it as a context manager.
+
+    `timeout_s` is the deadline of a call that sets none; `retries` the attempts after the first; `metadata` goes with every call; with
+    `as_torch`, results hold torch tensors.
+    """
+
+    def __init__(
+        self, endpoint: str = DEFAULT_ENDPOINT, *, timeout_s: float = DEFAULT_TIMEOUT_S, metadata: Metadata = (), retries: int = 3,
+        as_torch: bool = False, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._calls = _Calls(endpoint, timeout_s, retries, as_torch)
+        self._channel = BlockingChannel(endpoint, max_message_bytes=max_message_bytes, metadata=_pairs(metadata))
+
+    def infer(
+        self, model: str, inputs: Mapping[str, Any], *, outputs: Sequence[str] | None = None, revision: str = "", request_id: str = "",
+        parameters: Parameters | None = None, priority: int = 0, timeout_s: float | None = None,
+    ) -> InferResult:
+        """Runs one request. See `tensorway.arrays.to_tensor` for what an input may be. `outputs` None returns all; higher `priority`
+        (-100 to 100) goes first; `revision` is a content hash or a prefix of 8 or more digits."""
+        message = self._calls.infer_request(model, inputs, outputs, revision, request_id, parameters, priority)
+        return self._calls.infer_result(self._unary(_INFER, message, timeout_s))
+
+    def models(self, *, timeout_s: float | None = None) -> tuple[ModelDescription, ...]:
+        """All models of the mesh, by name."""
+        return self._calls.models(self._unary(_LIST_MODELS, b"", timeout_s))
+
+    def model(self, name: str, *, timeout_s: float | None = None) -> ModelDescription:
+        """One model. Raises NotFound, with the names that exist."""
+        return self._calls.model(self._unary(_GET_MODEL, model_pb2.GetModelRequest(name=name).SerializeToString(), timeout_s))
+
+    def topology(self, *, timeout_s: float | None = None) -> tuple[Registration, ...]:
+        """Every live service and group."""
+        return self._calls.topology(self._unary(_GET_TOPOLOGY, b"", timeout_s))
+
+    def is_ready(self, *, timeout_s: float = 5.0) -> bool:
+        """Whether the gateway answers and can serve requests now."""
+        try:
+            return self._channel.unary(_CHECK, _CHECK_ALL, timeout_s).response == _SERVING
+        except (Unavailable, DeadlineExceeded):
+            return False
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _unary(self, method: str, message: bytes, timeout_s: float | None) -> UnaryReply:
+        attempts = self._calls.begin(timeout_s)
+        while True:
+            try:
+                return self._channel.unary(method, message, attempts.deadline.remaining_s())
+            except TensorwayError as error:
+                pause_s = attempts.pause_s(error)
+            time.sleep(pause_s)
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same arguments and methods, to be awaited. Use it within one loop."""
+
+    def __init__(
+        self, endpoint: str = DEFAULT_ENDPOINT, *, timeout_s: float = DEFAULT_TIMEOUT_S, metadata: Metadata = (), retries: int = 3,
+        as_torch: bool = False, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._calls = _Calls(endpoint, timeout_s, retries, as_torch)
+        self._max_message_bytes = max_message_bytes
+        self._metadata = _pairs(metadata)
+        #: Made on first use: it belongs to the loop that runs then.
+        self._channel: AsyncChannel | None = None
+
+    async def infer(
+        self, model: str, inputs: Mapping[str, Any], *, outputs: Sequence[str] | None = None, revision: str = "", request_id: str = "",
+        parameters: Parameters | None = None, priority: int = 0, timeout_s: float | None = None,
+    ) -> InferResult:
+        """See `Client.infer`."""
+        message = self._calls.infer_request(model, inputs, outputs, revision, request_id, parameters, priority)
+        return self._calls.infer_result(await self._unary(_INFER, message, timeout_s))
+
+    async def models(self, *, timeout_s: float | None = None) -> tuple[ModelDescription, ...]:
+        """See `Client.models`."""
+        return self._calls.models(await self._unary(_LIST_MODELS, b"", timeout_s))
+
+    async def model(self, name: str, *, timeout_s: float | None = None) -> ModelDescription:
+        """See `Client.model`."""
+        return self._calls.model(await self._unary(_GET_MODEL, model_pb2.GetModelRequest(name=name).SerializeToString(), timeout_s))
+
+    async def topology(self, *, timeout_s: float | None = None) -> tuple[Registration, ...]:
+        """See `Client.topology`."""
+        return self._calls.topology(await self._unary(_GET_TOPOLOGY, b"", timeout_s))
+
+    async def is_ready(self, *, timeout_s: float = 5.0) -> bool:
+        """See `Client.is_ready`."""
+        try:
+            return (await self._open().unary(_CHECK, _CHECK_ALL, timeout_s)).response == _SERVING
+        except (Unavailable, DeadlineExceeded):
+            return False
+
+    async def close(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _open(self) -> AsyncChannel:
+        if self._channel is None:
+            self._channel = AsyncChannel(self._calls.endpoint, max_message_bytes=self._max_message_bytes, metadata=self._metadata)
+        return self._channel
+
+    async def _unary(self, method: str, message: bytes, timeout_s: float | None) -> UnaryReply:
+        attempts = self._calls.begin(timeout_s)
+        while True:
+            try:
+                return await self._open().unary(method, message, attempts.deadline.remaining_s())
+            except TensorwayError as error:
+                pause_s = attempts.pause_s(error)
+            await asyncio.sleep(pause_s)
+
+
+def _pairs(metadata: Metadata) -> tuple[tuple[str, str], ...]:
+    return tuple(metadata.items() if isinstance(metadata, Mapping) else metadata)
+
+
+def _write_parameter(name: str, value: bool | int | float | str, request: inference_pb2.InferRequest) -> None:
+    parameter = request.parameters[name]
+    # bool first: it is an int too.
+    kind = {bool: "bool_value", int: "int64_value", float: "double_value", str: "string_value"}.get(type(value))
+    if kind is None:
+        kinds = "bool, int, float or str"
+        raise InvalidRequest(f"parameters[{name!r}]: {type(value).__name__} cannot be sent; use {kinds}", field="parameters")
+    try:
+        setattr(parameter, kind, value)
+    except ValueError as error:
+        raise InvalidRequest(f"parameters[{name!r}]: {error}", field="parameters") from error

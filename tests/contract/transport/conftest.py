@@ -1,0 +1,96 @@
+"""Servers of both implementations for the transport's contract tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+
+import grpc
+import pytest
+
+from tensorway.transport import AsyncChannel, create_server
+from tensorway.transport.port import Call, Server, ServerOptions, Stream, StreamHandler, UnaryHandler
+
+IMPLEMENTATIONS = ("completion-queue", "aio")
+UNARY = "/test.Service/Unary"
+STREAM = "/test.Service/Stream"
+TIMEOUT_S = 30.0
+
+
+async def echo(request: bytes, call: Call) -> bytes:
+    return request
+
+
+async def echo_stream(stream: Stream) -> None:
+    while (message := await stream.read()) is not None:
+        await stream.write(message)
+
+
+class Rig:
+    """Starts servers and opens channels, and lets go of all of them at the end of the test."""
+
+    def __init__(self, implementation: str, stack: AsyncExitStack) -> None:
+        self.implementation = implementation
+        self._stack = stack
+        self.servers: list[Server] = []
+
+    async def serve(
+        self,
+        unary: UnaryHandler = echo,
+        stream: StreamHandler = echo_stream,
+        *,
+        endpoint: str = "127.0.0.1:0",
+        max_message_bytes: int = 1 << 20,
+        max_concurrent_rpcs: int = 0,
+        prepare: Callable[[Server], None] | None = None,
+    ) -> str:
+        server = create_server(ServerOptions(endpoint, self.implementation, max_message_bytes, max_concurrent_rpcs))
+        server.add_unary(UNARY, unary)
+        server.add_stream(STREAM, stream)
+        if prepare is not None:
+            prepare(server)
+        bound = await server.start()
+        self.servers.append(server)
+        self._stack.push_async_callback(server.stop, 0.0)
+        return bound
+
+    def channel(self, endpoint: str, **options: int) -> AsyncChannel:
+        channel = AsyncChannel(endpoint, **options)
+        self._stack.push_async_callback(channel.close)
+        return channel
+
+    def grpc_channel(self, endpoint: str, compression: grpc.Compression | None = None) -> grpc.aio.Channel:
+        channel = grpc.aio.insecure_channel(endpoint, compression=compression)
+        self._stack.push_async_callback(channel.close)
+        return channel
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+    async with AsyncExitStack() as stack:
+        yield Rig(request.param, stack)
+
+
+class Gate:
+    """A unary handler that says when it began, waits to be opened, and remembers how it ended."""
+
+    def __init__(self) -> None:
+        self.began: asyncio.Queue[Call] = asyncio.Queue()
+        self.opened = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self.unwound = asyncio.Event()
+
+    async def __call__(self, request: bytes, call: Call) -> bytes:
+        call.on_cancel(self.cancelled.set)
+        await self.began.put(call)
+        try:
+            await self.opened.wait()
+        finally:
+            self.unwound.set()
+        return request
+
+
+async def soon(awaitable: Awaitable[object]) -> object:
+    """Waits, with a limit that only a hang reaches."""
+    return await asyncio.wait_for(awaitable, TIMEOUT_S)
