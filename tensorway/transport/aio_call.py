@@ -49,6 +49,14 @@ class AioCall:
         peer: str = self.context.peer()
         return peer
 
+    async def read(self) -> bytes | None:
+        """The next message; None after the client's last."""
+        try:
+            message = await self.context.read()
+        except _GONE as error:
+            raise gone() from error
+        return None if message is grpc.aio.EOF else message
+
     def set_trailers(self, trailers: Sequence[tuple[str, str | bytes]]) -> None:
         self.trailers = tuple(trailers)
         self.context.set_trailing_metadata(self.trailers)
@@ -81,14 +89,6 @@ class AioStream(AioCall):
     def __init__(self, context: Any, method: str, options: ServerOptions) -> None:
         super().__init__(context, method)
         self._options = options
-
-    async def read(self) -> bytes | None:
-        """See the port."""
-        try:
-            message = await self.context.read()
-        except _GONE as error:
-            raise gone() from error
-        return None if message is grpc.aio.EOF else message
 
     async def write(self, message: bytes) -> None:
         """See the port."""

@@ -19,6 +19,7 @@ from tensorway.transport.listening import (
     check_free,
     full,
     is_full,
+    no_request,
     server_arguments,
     stopped,
     too_large,
@@ -96,10 +97,10 @@ class AioServer:
             methods = sorted({call.method for call in self._running})
             _LOG.error("handlers still run %.0f s after they were cancelled: %s", UNWIND_S, ", ".join(methods))
 
-    async def run_unary(self, handler: UnaryHandler, request: bytes, context: Any, method: str) -> bytes:
+    async def run_unary(self, handler: UnaryHandler, context: Any, method: str) -> bytes:
         """Runs one unary RPC to its reply or its status."""
         call = AioCall(context, method)
-        return await self._guard(call, self._answer(handler, request, call))
+        return await self._guard(call, self._answer(handler, call))
 
     async def run_stream(self, handler: StreamHandler, context: Any, method: str) -> None:
         """Runs one streaming RPC to its status."""
@@ -110,7 +111,10 @@ class AioServer:
         """Ends an RPC whose method has no handler."""
         await _abort(context, (), self.routes.unknown(method))
 
-    async def _answer(self, handler: UnaryHandler, request: bytes, call: AioCall) -> bytes:
+    async def _answer(self, handler: UnaryHandler, call: AioCall) -> bytes:
+        request = await call.read()
+        if request is None:
+            raise no_request(call.method)
         reply = await handler(request, call)
         if len(reply) > self.options.max_message_bytes:
             raise too_large(len(reply), self.options)
@@ -152,10 +156,11 @@ class _Handlers(grpc.GenericRpcHandler):
         unary = server.routes.unary.get(method)
         if unary is not None:
 
-            async def run_unary(request: bytes, context: Any) -> bytes:
-                return await server.run_unary(unary, request, context, method)
+            async def run_unary(_: object, context: Any) -> bytes:
+                return await server.run_unary(unary, context, method)
 
-            return grpc.unary_unary_rpc_method_handler(run_unary)
+            # Read by our own hand: grpc.aio's unary handlers never answer a client that closes its side without a message.
+            return grpc.stream_unary_rpc_method_handler(run_unary)
         stream = server.routes.streams.get(method)
 
         async def run_stream(_: object, context: Any) -> None:

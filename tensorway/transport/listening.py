@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass, field
 from typing import Final
 
-from tensorway.errors import Cancelled, FailedPrecondition, MessageTooLarge, Overloaded, Unavailable, Unimplemented
+from tensorway.errors import Cancelled, FailedPrecondition, InvalidRequest, MessageTooLarge, Overloaded, Unavailable, Unimplemented
 from tensorway.transport.port import ServerOptions, StreamHandler, UnaryHandler
 
 #: A full server says to come back after this.
@@ -80,6 +80,11 @@ def is_full(options: ServerOptions, num_in_flight: int) -> bool:
 def full(options: ServerOptions) -> Overloaded:
     """The refusal of one RPC too many."""
     return Overloaded(f"this server already runs {options.max_concurrent_rpcs} RPCs, the most it takes", retry_after_s=RETRY_AFTER_S)
+
+
+def no_request(method: str) -> InvalidRequest:
+    """The answer to a client that closed its side of a unary RPC without a message."""
+    return InvalidRequest(f"{method} needs exactly one request message")
 
 
 def gone() -> Cancelled:

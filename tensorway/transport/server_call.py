@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -16,10 +15,10 @@ from typing import Any, Final, Protocol
 from grpc._cython import cygrpc
 
 from tensorway.deadline import Deadline
-from tensorway.errors import InternalError, InvalidRequest, TensorwayError
+from tensorway.errors import InternalError, TensorwayError
 from tensorway.transport.callbacks import call_guarded
 from tensorway.transport.completion_queue import Rest, forget
-from tensorway.transport.listening import full, is_full, stopped, too_large
+from tensorway.transport.listening import full, is_full, no_request, stopped, too_large
 from tensorway.transport.port import ServerOptions, UnaryHandler
 from tensorway.transport.rich_status import DETAILS_TRAILER, encode_error
 
@@ -29,6 +28,8 @@ Trailers = tuple[tuple[str, str | bytes], ...]
 
 _NO_FLAGS: Final = 0
 _OK: Final = 0
+#: Core writes "no deadline" as an instant beyond this one, in seconds since 1970.
+_NEVER_S: Final = 1e12
 
 
 def reject(call: Any, error: TensorwayError) -> None:
@@ -93,7 +94,7 @@ class ServerCall:
     @property
     def deadline(self) -> Deadline | None:
         at_s: float = self._event.call_details.deadline
-        return None if math.isinf(at_s) else Deadline.after(at_s - time.time())
+        return None if at_s > _NEVER_S else Deadline.after(at_s - time.time())
 
     @property
     def peer(self) -> str:
@@ -206,7 +207,7 @@ class UnaryCall(ServerCall):
     def _take_request(self) -> None:
         if self._request is None:
             # The client closed its side without a message, sent one above the limit (core answers that), or has gone.
-            self._send_status(InvalidRequest(f"{self.method} needs exactly one request message"))
+            self._send_status(no_request(self.method))
         else:
             self._begin(self._run)
 
