@@ -9,9 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tensorway.errors import InvalidRequest
+from tensorway.signature import TensorSpec
 from tensorway.tensors import ITEM_SIZE, Buffer, DataType, Tensor, decode_bytes, encode_bytes
 
 if TYPE_CHECKING:
@@ -174,3 +176,54 @@ def _as_bytes(name: str, value: Any) -> bytes:
 def _unsupported(name: str, what: str) -> InvalidRequest:
     known: Iterable[str] = (dtype.name for dtype in (*ITEM_SIZE, DataType.BYTES))
     return InvalidRequest(f"input {name!r}: {what} cannot be sent; the wire knows {', '.join(known)}", field=name)
+
+
+def from_nested(spec: TensorSpec, value: Any) -> Tensor:
+    """The tensor for one input of a signature from nested lists, as JSON gives them. A missing `rows` dimension is added as one row.
+
+    Raises InvalidRequest where the values do not fit the input's data type.
+    """
+    import numpy as np
+
+    try:
+        if spec.dtype is DataType.BYTES:
+            array = np.asarray(value, dtype=object)
+        else:
+            array = np.asarray(value, dtype="<f4" if spec.dtype is DataType.BF16 else _CODES[spec.dtype])
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InvalidRequest(f"input {spec.name!r}: is no array of {spec.dtype.name}: {error}", field=spec.name) from error
+    if array.ndim == len(spec.shape) - 1 and spec.has_rows:
+        array = array[np.newaxis]
+    return to_tensor(spec.name, bfloat16(array) if spec.dtype is DataType.BF16 else array)
+
+
+def load_npy(name: str, path: Path) -> Tensor:
+    """The tensor in an `.npy` file, without unpickling anything. Raises InvalidRequest where it cannot be read."""
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"input {name!r}: {path} cannot be read as .npy: {error}", field=name) from error
+    return to_tensor(name, array)
+
+
+def preview(tensor: Tensor, num_items: int = 3) -> str:
+    """The first and last values of a tensor, short enough for a line of a table."""
+    import numpy as np
+
+    if tensor.dtype is DataType.BYTES:
+        decoded = decode_bytes(tensor.data)
+        shown = [repr(item[:60].decode(errors="replace")) for item in decoded[:num_items]]
+        return ", ".join([*shown, "…"] if len(decoded) > num_items else shown)
+    return np.array2string(to_numpy(tensor), precision=5, threshold=4 * num_items, edgeitems=num_items, max_line_width=100)
+
+
+def to_nested(tensor: Tensor) -> Any:
+    """All values as nested lists for JSON; BYTES as text, with what is not UTF-8 replaced."""
+    array = to_numpy(tensor)
+    if tensor.dtype is DataType.BYTES:
+        flat = [element.decode(errors="replace") for element in decode_bytes(tensor.data)]
+        array = array.copy()
+        array.reshape(-1)[:] = flat
+    return array.tolist()

@@ -34,6 +34,19 @@ class Timing:
     #: Id of the group that answered.
     group: str = ""
 
+    def __str__(self) -> str:
+        """One line for a person, milliseconds."""
+        batch = f"batch of {self.batch_rows} row{'s' * (self.batch_rows != 1)} from {self.batch_requests} request{'s' * (self.batch_requests != 1)}"
+        times = " · ".join(
+            f"{name} {us / 1000:.2f} ms"
+            for name, us in (
+                ("step", self.step_us), ("waiting at the group", self.wait_us), ("queue", self.queue_us),
+                ("orchestrator and links", self.orchestrator_us), ("gateway", self.gateway_us),
+            )
+        )
+        attempts = f" · {self.num_attempts} attempts" if self.num_attempts > 1 else ""
+        return f"{times} · {batch} in {self.group}{attempts}"
+
     @classmethod
     def parse(cls, line: str) -> Timing:
         """Reads the trailer; what is absent or unreadable stays 0, because timing must never fail an answered request."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
 
 from rich.console import Console
@@ -48,15 +48,15 @@ async def _show_similarities(client: AsyncClient, console: Console) -> None:
 
 async def _show_photograph(client: AsyncClient, directory: ModelDirectory, console: Console) -> None:
     photographs = sorted((directory.path / FILES_DIR / "samples").glob("*.jpg"))
-    labels = _labels(directory.path)
+    labels = _labels(directory)
     for photograph in photographs:
         result = await client.infer("efficientnet-lite0", {"image": [photograph.read_bytes()]})
         class_id, probability = int(result["class_id"][0]), float(result["probability"][0])
-        label = labels.get(class_id, "")
+        label = labels[class_id] if labels else ""
         console.print(f"efficientnet-lite0: {photograph.name} is class [bold]{class_id} {label}[/] with probability {probability:.2f}")
 
 
-def _labels(path: Path) -> dict[int, str]:
-    """ImageNet class names, where the model's directory brings them (`labels.txt`: one a line)."""
-    file = path / "labels.txt"
-    return dict(enumerate(file.read_text(encoding="utf-8").splitlines())) if file.is_file() else {}
+def _labels(directory: ModelDirectory) -> tuple[str, ...]:
+    """Names of the classes in order, where the model's directory brings them."""
+    file = directory.file("labels.json")
+    return tuple(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else ()

@@ -5,12 +5,16 @@ Everything is imported on first use, so that reading `tensorway.transport.port` 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 from tensorway.errors import FailedPrecondition
 from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES, LinkClient, Server, ServerOptions
+
+# Core prints to standard error, past every logging setting, what this package raises or logs anyway. Set the variable to hear it.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 if TYPE_CHECKING:
     from tensorway.transport.channel import AsyncChannel, BlockingChannel, UnaryReply, check_health

@@ -28,6 +28,7 @@ _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 2.0
 #: A peer that accepts the connection but not the stream is given up after this.
 _OPEN_TIMEOUT_S: Final = 5.0
+_MIN_WAITING_BYTES: Final = 512 * 1024 * 1024
 
 
 class StreamLinkClient:
@@ -39,7 +40,7 @@ class StreamLinkClient:
         self._endpoint = endpoint
         self._max_message_bytes = max_message_bytes
         #: Bytes that may wait for a peer that does not take them before it counts as lost.
-        self._max_waiting_bytes = 2 * max_message_bytes
+        self._max_waiting_bytes = max(2 * max_message_bytes, _MIN_WAITING_BYTES)
         self._new_wire = new_wire
         self._on_change = on_change
         self._sinks: dict[int, ReplySink] = {}

@@ -11,9 +11,10 @@ from typing import Final, Protocol
 
 OPEN: Final = "/tensorway.v1.LinkService/Open"
 
-#: A silently dead peer is noticed after at most the two together.
+#: A silently dead peer is noticed after at most the two together. Core also pings of its own accord, to measure bandwidth, and a
+#: keepalive ping waits for such a one: its limit (a minute by default) must be as short.
 KEEPALIVE_TIME_MS: Final = 2_000
-KEEPALIVE_TIMEOUT_MS: Final = 2_000
+KEEPALIVE_TIMEOUT_MS: Final = 3_000
 
 
 class WireEvents(Protocol):
@@ -44,6 +45,7 @@ def wire_arguments(max_message_bytes: int) -> tuple[tuple[str, int], ...]:
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # Links join services of one mesh: a proxy for the way out to the world is not for them.

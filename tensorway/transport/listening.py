@@ -63,6 +63,7 @@ def server_arguments(options: ServerOptions) -> tuple[tuple[str, int], ...]:
         # A client that vanished without closing its connection is noticed by the server, too.
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.ping_timeout_ms", 5_000),
         ("grpc.http2.max_pings_without_data", 0),
     )
 

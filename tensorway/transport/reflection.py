@@ -59,7 +59,7 @@ class _Reflection:
             if kind == "file_by_filename":
                 return _files(self._pool.FindFileByName(request.file_by_filename))
             if kind == "file_containing_symbol":
-                return _files(self._pool.FindFileContainingSymbol(request.file_containing_symbol))
+                return _files(self._file_of(request.file_containing_symbol))
             if kind == "file_containing_extension":
                 wanted = request.file_containing_extension
                 message = self._pool.FindMessageTypeByName(wanted.containing_type)
@@ -70,6 +70,16 @@ class _Reflection:
         except KeyError as error:
             return _error(Status.NOT_FOUND, str(error).strip("'\""))
         return _error(Status.INVALID_ARGUMENT, "the request asks for nothing")
+
+    def _file_of(self, symbol: str) -> FileDescriptor:
+        """The file that declares `symbol`. Raises KeyError where none does."""
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            # The pool does not count a method among its symbols.
+            method: Any = self._pool.FindMethodByName(symbol)
+            file: FileDescriptor = method.containing_service.file
+            return file
 
     def _services(self) -> ServerReflectionResponse:
         services = [ServiceResponse(name=name) for name in self._service_names]

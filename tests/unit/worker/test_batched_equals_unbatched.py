@@ -27,7 +27,8 @@ class Echo(Model):
             width = raw.numel() // rows if rows else 0
             counts = raw.reshape(rows, width).ne(0).sum(dim=1)
         else:
-            counts = torch.tensor([sum(len(one) for one in row.reshape(-1)) for row in value], dtype=torch.int64)
+            rows = value if value.ndim else value.reshape(1)
+            counts = torch.tensor([sum(len(one) for one in numpy.ravel(row)) for row in rows], dtype=torch.int64)
         if SCALAR:
             counts = counts.sum()
         return {"output": value, "count": counts}
@@ -37,12 +38,13 @@ class Echo(Model):
 def echo_model(folder: Path, dtype: DataType, shape: str) -> Path:
     """A model directory that echoes one input of `shape`."""
     is_scalar = not shape.startswith("[rows")
+    count_shape = "[]" if is_scalar else "[rows]"
     folder.mkdir()
     (folder / "model.py").write_text(_MODEL.replace("SCALAR", str(is_scalar)))
     (folder / "model.yaml").write_text(
         f"name: echo\nengine: python\n"
         f"inputs: [{{name: input, dtype: {dtype.name}, shape: {shape}}}]\n"
-        f"outputs: [{{name: output, dtype: {dtype.name}, shape: {shape}}}, {{name: count, dtype: INT64, shape: {'[]' if is_scalar else '[rows]'}}}]\n"
+        f"outputs: [{{name: output, dtype: {dtype.name}, shape: {shape}}}, {{name: count, dtype: INT64, shape: {count_shape}}}]\n"
     )
     return folder
 
@@ -94,7 +96,10 @@ def test_any_mix_of_requests(dtype: DataType, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("dtype", list(DataType))
 def test_scalars_are_never_joined(dtype: DataType, tmp_path: Path) -> None:
     rank = InProcess(echo_model(tmp_path / "model", dtype, "[]"))
-    data = [encode_bytes([b"one"]), encode_bytes([b""])] if dtype is DataType.BYTES else [b"\1" * ITEM_SIZE[dtype], b"\0" * ITEM_SIZE[dtype]]
+    if dtype is DataType.BYTES:
+        data = [encode_bytes([b"one"]), encode_bytes([b""])]
+    else:
+        data = [b"\1" * ITEM_SIZE[dtype], b"\0" * ITEM_SIZE[dtype]]
     sent = [Sent([Tensor("input", dtype, (), one)]) for one in data]
     outcomes = rank.batch(sent)
     assert [answered(one)["output"].data for one in outcomes] == data

@@ -123,4 +123,6 @@ def answered(outcome: Outcome) -> dict[str, Tensor]:
 
 def as_torch(value: Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An output's content."""
+    if not value.data:
+        return torch.empty(value.shape, dtype=dtype)
     return torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(value.shape)

@@ -36,8 +36,9 @@ _RETRY_AFTER_S: Final = 0.01
 #: Batches of more bytes are staged apart from the torch thread; below, the hand-over costs more than the copy.
 _STAGE_APART_BYTES: Final = 256 * 1024
 
-Results = list[Answer | TensorwayError]
-#: Called in the loop with the results of an accepted batch.
+#: Each request's answer or error; or the error of the whole batch.
+Results = list[Answer | TensorwayError] | TensorwayError
+#: Called in the loop with the outcome of an accepted batch.
 Answered = Callable[[Results, Times], None]
 
 
@@ -107,7 +108,10 @@ class Leader:
             exchange.on_cancel(accepted.cancel)
 
     def _reply(self, exchange: Exchange, results: Results, times: Times) -> None:
-        exchange.reply(*self._codec.write_reply(results, times))
+        if isinstance(results, TensorwayError):
+            exchange.fail(results)
+        else:
+            exchange.reply(*self._codec.write_reply(results, times))
 
     async def infer(self, message: bytes, call: Call) -> bytes:
         """One InferRequest, run as a batch of one."""
@@ -122,7 +126,8 @@ class Leader:
 
         accepted = self._accept(Batch(0, self._epoch, (request,), num_bytes), answered)
         call.on_cancel(accepted.cancel)
-        (result,) = await future
+        results = await future
+        result = results if isinstance(results, TensorwayError) else results[0]
         if isinstance(result, TensorwayError):
             raise result
         return self._codec.write_infer(request.request_id, result)
@@ -166,7 +171,7 @@ class Leader:
             _LOG.exception("a batch failed as a whole")
             is_lost = is_fatal(error)
             failure = Unavailable(f"the group was lost: {error}") if is_lost else as_tensorway_error(error)
-            self._hand_back(accepted, [failure] * len(accepted.batch.requests))
+            self._hand_back(accepted, failure)
             if is_lost:
                 self._executor.crash(error)
 
@@ -184,7 +189,7 @@ class Leader:
     def _run(self, accepted: Accepted) -> None:
         """In the torch thread."""
         if accepted.is_cancelled:
-            self._hand_back(accepted, [Cancelled("the orchestrator withdrew the batch")] * len(accepted.batch.requests))
+            self._hand_back(accepted, Cancelled("the orchestrator withdrew the batch"))
             return
         staged = accepted.staged or self._stage(accepted)
         accepted.step_began_s = self._executor.begin_step()
