@@ -42,7 +42,7 @@ class ServiceSettings(BaseSettings):
     transport: Literal["completion-queue", "aio"] = Field(
         "completion-queue", description="gRPC server implementation: the fast one, or grpc.aio's portable one."
     )
-    max_message_bytes: int = Field(DEFAULT_MAX_MESSAGE_BYTES, ge=1024, le=2**31 - 1, description="Largest gRPC message, bytes.")
+    max_message_bytes: int = Field(DEFAULT_MAX_MESSAGE_BYTES, ge=4 * 1024 * 1024, le=2**31 - 1, description="Largest gRPC message, bytes.")
     grace_s: float = Field(30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line shown.")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="json, text, or text on a terminal and json elsewhere.")

@@ -164,7 +164,8 @@ def _wheel(requirement: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # pip writes into a folder of its own, so that a download that is cut short is never taken for a wheel.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", temporary, requirement]
+        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", temporary]
+        command = [sys.executable, "-m", "pip", "download", *options, requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise _pip_error(requirement, done.stderr)

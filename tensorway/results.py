@@ -36,7 +36,8 @@ class Timing:
 
     def __str__(self) -> str:
         """One line for a person, milliseconds."""
-        batch = f"batch of {self.batch_rows} row{'s' * (self.batch_rows != 1)} from {self.batch_requests} request{'s' * (self.batch_requests != 1)}"
+        rows = f"{self.batch_rows} row{'' if self.batch_rows == 1 else 's'}"
+        requests = f"{self.batch_requests} request{'' if self.batch_requests == 1 else 's'}"
         times = " · ".join(
             f"{name} {us / 1000:.2f} ms"
             for name, us in (
@@ -45,7 +46,7 @@ class Timing:
             )
         )
         attempts = f" · {self.num_attempts} attempts" if self.num_attempts > 1 else ""
-        return f"{times} · {batch} in {self.group}{attempts}"
+        return f"{times} · batch of {rows} from {requests} in {self.group}{attempts}"
 
     @classmethod
     def parse(cls, line: str) -> Timing:

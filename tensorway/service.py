@@ -150,7 +150,7 @@ class _Lifecycle:
                 lease = await self._register(registry, bound, ops)
                 _LOG.info("serving", extra={"fields": {"endpoint": bound, "ops": ops.endpoint if ops else "off", "pid": os.getpid()}})
                 await self._stopping.wait()
-                await self._drain(context, server, lease)
+                await self._drain(context, server, health, lease)
                 tasks.create_task(_end_group())
         except* _Ended:
             pass
@@ -172,7 +172,7 @@ class _Lifecycle:
             metadata["ops"] = dialable(ops.endpoint, self.settings.advertise_host)
         return await registry.register(Registration(registration.kind, registration.id or self.instance, registration.endpoint, metadata))
 
-    async def _drain(self, context: ServiceContext, server: Server, lease: Lease | None) -> None:
+    async def _drain(self, context: ServiceContext, server: Server, health: HealthService, lease: Lease | None) -> None:
         """Health first, then the lease, then the work: nobody new is sent here while what runs is finished."""
         deadline = Deadline.after(self.settings.grace_s)
         _LOG.info("draining", extra={"fields": {"in_flight": server.num_in_flight, "grace_s": self.settings.grace_s}})
@@ -180,6 +180,7 @@ class _Lifecycle:
         if lease is not None:
             await lease.release()
         await self.service.drain(deadline)
+        health.shutdown()  # an open Watch would hold the server for the whole grace
         await server.stop(max(0.0, deadline.remaining_s()))
 
     def _show_readiness(self, health: HealthService, reason: str | None) -> None:

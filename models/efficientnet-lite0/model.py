@@ -1,4 +1,4 @@
-"""ImageNet classes of encoded pictures: decoding and resizing per request, the network of the package efficientnet-lite-pytorch per batch."""
+"""ImageNet classes of encoded pictures: decoded and resized per request, classified per batch by the network of efficientnet-lite-pytorch."""
 
 import importlib
 import io
@@ -8,13 +8,13 @@ import numpy
 import torch
 from PIL import Image, ImageOps
 
-from tensorway.model import InvalidInput, Inputs, Model, ModelContext, Outputs, Parameters
+from tensorway.model import Inputs, InvalidInput, Model, ModelContext, Outputs, Parameters
 
 SIZE = 224
 #: Share of the crop that the network was trained on: the short side is resized to SIZE + 32, then the middle is cut out.
 CROP_PADDING = 32
-#: The lite networks were trained on (pixel - 127) / 128. The package's README shows the constants of the other EfficientNets instead, with
-#: which these weights are right less often and less sure.
+#: The lite networks were trained on (pixel - 127) / 128. The package's README shows the constants of the other EfficientNets instead;
+#: with those these weights are less sure of the same photographs.
 MEAN = 127.0
 STD = 128.0
 FORMATS = ("JPEG", "PNG", "WEBP")

@@ -43,7 +43,11 @@ async def _show_similarities(client: AsyncClient, console: Console) -> None:
         cells = (f"[{shade}]{value:.2f}[/]" for shade, value in zip(shades, similarity[number], strict=True))
         table.add_row(f"{number + 1}  {sentence}", *cells)
     console.print(table)
-    console.print(f"[dim]{result.timing}[/]")
+    timing = result.timing
+    console.print(
+        f"[dim]queue {timing.queue_us / 1e3:.1f} ms, step {timing.step_us / 1e3:.1f} ms, gateway {timing.gateway_us / 1e3:.1f} ms, "
+        f"batch of {timing.batch_rows} rows on {timing.group}[/]", soft_wrap=True,
+    )
 
 
 async def _show_photograph(client: AsyncClient, directory: ModelDirectory, console: Console) -> None:

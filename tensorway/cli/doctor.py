@@ -43,7 +43,9 @@ class Finding:
 
 
 def doctor(
-    registry: Annotated[str, typer.Option(envvar="TENSORWAY_REGISTRY", help="The mesh's registry; default: the one of `tensorway up`.")] = "",
+    registry: Annotated[
+        str, typer.Option(envvar="TENSORWAY_REGISTRY", help="The mesh's registry; default: the one of `tensorway up`.")
+    ] = "",
     endpoint: Annotated[str, typer.Option(envvar="TENSORWAY_ENDPOINT", help="A gateway; default: those in the registry.")] = "",
 ) -> None:
     """Check the installation, the registry, every service and every model. Exit status 1 if something is wrong.
@@ -54,7 +56,7 @@ def doctor(
     from rich.table import Table
     from rich.text import Text
 
-    findings = [*check_installation(), *asyncio.run(check_mesh(registry or default_registry(), endpoint))]
+    findings = [*check_installation(), *asyncio.run(check_mesh(registry or f"{default_registry()}/registry", endpoint))]
     table = Table()
     for column in ("", "what", "finding", "what to do"):
         table.add_column(column, overflow="fold")

@@ -137,11 +137,12 @@ def _show(tensors: Iterable[Tensor], title: str, timing: str) -> None:
 
     from tensorway.arrays import preview
 
-    table = Table(title=Text(title), title_justify="left")
+    table = Table()
     for column in ("output", "dtype", "shape", "values"):
         table.add_column(column)
     for tensor in tensors:
         table.add_row(Text(tensor.name), tensor.dtype.name, Text(str(list(tensor.shape))), Text(preview(tensor)))
     console = Console()
+    console.print(Text(title), soft_wrap=True)
     console.print(table)
-    console.print(Text(timing, style="dim"))
+    console.print(Text(timing, style="dim"), soft_wrap=True)

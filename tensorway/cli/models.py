@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from tensorway.results import ModelDescription
     from tensorway.signature import TensorSpec
 
-models_app = typer.Typer(
-    help="List the models of a mesh, show one, or fetch the files of model directories.", rich_markup_mode="markdown", no_args_is_help=False
-)
+models_app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=False)
 
 Endpoint = Annotated[str, typer.Option(envvar="TENSORWAY_ENDPOINT", help="The gateway.")]
 _DEFAULT_ENDPOINT: Final = "localhost:8001"
@@ -22,7 +20,7 @@ _STYLES: Final = {"ready": "green", "loading": "yellow", "unavailable": "red"}
 
 @models_app.callback(invoke_without_command=True)
 def models(context: typer.Context, endpoint: Endpoint = _DEFAULT_ENDPOINT) -> None:
-    """List all models of the mesh.
+    """List the models of a mesh, show one, or fetch the files of model directories. Without a command: list.
 
     Examples: `tensorway models` · `tensorway models show minilm` · `tensorway models fetch models`
     """
@@ -71,6 +69,8 @@ def show_model(
     with Client(endpoint) as client:
         model = client.model(name)
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for label, value in _facts(model):
         table.add_row(label, Text(value))
     Console().print(table)

@@ -46,7 +46,7 @@ def run_up(options: UpOptions) -> int:
     try:
         return asyncio.run(_up(options, console))
     except TensorwayError as error:
-        console.print(f"[red]tensorway up:[/] {error}", highlight=False, markup=True)
+        console.print("tensorway up:", str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -194,7 +194,7 @@ async def _wait_gateway(endpoint: str) -> None:
 
 def _print_how_to(options: UpOptions, console: Console) -> None:
     endpoint = options.listen
-    console.print(f"\nServing on [bold]{endpoint}[/] (gRPC) and http://{options.ops_listen} (ops). Ctrl-C stops it. Try:\n")
+    console.print(f"\nServing on [bold]{endpoint}[/] (gRPC) and http://{options.ops_listen} (ops). Ctrl-C stops it. Try:\n", soft_wrap=True)
     print(f"""  grpcurl -plaintext {endpoint} list
   grpcurl -plaintext {endpoint} tensorway.v1.ModelService/ListModels
   grpcurl -plaintext -d '{{"model":"minilm","inputs":[{{"name":"text","dtype":"DATA_TYPE_BYTES","shape":[1],"data":"AgAAAGhp"}}]}}' \\

@@ -52,6 +52,8 @@ class LinkServer:
         for link in tuple(self._links):
             link.send_goaway()
         if self._links:
+            # Set whenever the last link ended, which may have been long ago.
+            self._no_links.clear()
             try:
                 await asyncio.wait_for(self._no_links.wait(), max(0.0, deadline.remaining_s()))
             except TimeoutError:

@@ -72,7 +72,8 @@ class Server(Protocol):
         endpoint where it cannot bind."""
 
     async def stop(self, grace_s: float) -> None:
-        """Refuses new RPCs at once, lets running ones end within `grace_s` seconds, then cancels the rest."""
+        """Refuses new RPCs at once, lets running ones end within `grace_s` seconds, then cancels the rest, whose clients read
+        Unavailable. Long-lived streams count as running: drain links and shut health down first."""
 
     @property
     def num_in_flight(self) -> int:
@@ -128,7 +129,8 @@ class LinkClient(Protocol):
         """Returns once connected; raises Unavailable naming the endpoint and the last connection error at the deadline."""
 
     def send(self, head: bytes, payload: Payload, deadline: Deadline, sink: ReplySink) -> int:
-        """Queues one request and returns its id. Raises Unavailable where the link is not connected or the peer is draining.
+        """Queues one request and returns its id. Raises Unavailable where the link is not connected, the peer is draining or does not
+        take what is sent, and MessageTooLarge for a payload above the limit. Segments must be flat bytes that stay unchanged.
         The sender enforces the deadline: at it, `cancel` and answer for itself."""
 
     def cancel(self, request_id: int) -> None:

@@ -36,7 +36,7 @@ class Mesh:
         """Starts one more member, named `name` in the registry too."""
         flags = {"id": name, "registry": self.registry_url, "listen": "127.0.0.1:0", "ops_listen": "127.0.0.1:0", "log_format": "json"}
         if service == "node":
-            flags |= {"models_dir": str(self.models_dir), "spread_wait_s": 0.3, **self.settings}
+            flags |= {"models_dir": str(self.models_dir), "spread_wait_s": 10.0, **self.settings}
         return await self.processes.start_member(MemberPlan(name, service, flags_of({**flags, **more})))
 
     async def members(self, kind: str) -> tuple[Registration, ...]:

@@ -29,7 +29,7 @@ class Orchestrator:
     async def start(self, context: ServiceContext) -> None:
         self._context = context
         dispatcher = self._dispatcher = Dispatcher(self._settings, OrchestratorMetrics(context.metrics))
-        self._links = LinkServer(dispatcher.on_exchange)
+        self._links = LinkServer(dispatcher.on_exchange, self._settings.max_message_bytes)
         self._links.attach(context.server)
         InferenceServicer(dispatcher).attach(context.server)
         self._pool = GroupPool(context.registry, self._settings.max_message_bytes, self._group_changed)

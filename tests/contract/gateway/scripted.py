@@ -25,7 +25,13 @@ from tensorway_gateway.settings import GatewaySettings
 
 
 def spec(
-    model: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, revision: str = "", version: str = "1", **batching: object
+    model: str,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    *,
+    revision: str = "",
+    version: str = "1",
+    **batching: object,
 ) -> RevisionSpec:
     return RevisionSpec(
         model=model, revision=revision or model.encode().hex().ljust(64, "0"), version=version, description=f"the {model} model",
@@ -165,7 +171,11 @@ async def register_group(registry: DirectoryRegistry, item: RevisionSpec) -> Lea
 
 @asynccontextmanager
 async def running_mesh(
-    root: Path, *, implementation: str = "completion-queue", scripts: tuple[Script, ...] = (answer,), settings: dict[str, object] | None = None,
+    root: Path,
+    *,
+    implementation: str = "completion-queue",
+    scripts: tuple[Script, ...] = (answer,),
+    settings: dict[str, object] | None = None,
     specs: tuple[RevisionSpec, ...] = SPECS,
 ) -> AsyncIterator[Mesh]:
     """A ready mesh: every model of `specs` with one live group, one orchestrator a script, and the gateway under test."""

@@ -100,7 +100,13 @@ async def test_trailers_tell_what_happened(tmp_path: Path, implementation: str) 
     ],
 )
 async def test_what_is_refused_never_leaves_the_gateway(
-    tmp_path: Path, implementation: str, model: str, inputs: dict[str, object], options: dict[str, object], kind: type[TensorwayError], says: str
+    tmp_path: Path,
+    implementation: str,
+    model: str,
+    inputs: dict[str, object],
+    options: dict[str, object],
+    kind: type[TensorwayError],
+    says: str,
 ) -> None:
     async with running_mesh(tmp_path, implementation=implementation) as mesh, AsyncClient(mesh.endpoint) as client:
         with pytest.raises(kind, match=re.escape(says)):
@@ -111,21 +117,23 @@ async def test_what_is_refused_never_leaves_the_gateway(
 async def test_a_models_own_error_reaches_the_caller_unchanged(tmp_path: Path, implementation: str) -> None:
     scripts = (failing(ModelFailed("the model said no")),)
     async with running_mesh(tmp_path, implementation=implementation, scripts=scripts) as mesh, AsyncClient(mesh.endpoint) as client:
-        with pytest.raises(ModelFailed, match="^the model said no$"):
+        with pytest.raises(ModelFailed, match=r"^the model said no$"):
             await client.infer("echo", {"x": X})
         assert len(mesh.orchestrators[0].heads) == 1
 
 
 async def test_a_draining_orchestrator_is_passed_over(tmp_path: Path, implementation: str) -> None:
     scripts = (failing(Unavailable("draining")), answer, failing(Unavailable("draining")))
-    async with running_mesh(tmp_path, implementation=implementation, scripts=scripts) as mesh, AsyncClient(mesh.endpoint, retries=0) as client:
+    mesh_ = running_mesh(tmp_path, implementation=implementation, scripts=scripts)
+    async with mesh_ as mesh, AsyncClient(mesh.endpoint, retries=0) as client:
         for _ in range(3):
             assert np.array_equal((await client.infer("echo", {"x": X}))["y"], X)
 
 
 async def test_when_all_refuse_the_last_refusal_is_told(tmp_path: Path, implementation: str) -> None:
     scripts = (failing(Unavailable("gone fishing")),) * 2
-    async with running_mesh(tmp_path, implementation=implementation, scripts=scripts) as mesh, AsyncClient(mesh.endpoint, retries=0) as client:
+    mesh_ = running_mesh(tmp_path, implementation=implementation, scripts=scripts)
+    async with mesh_ as mesh, AsyncClient(mesh.endpoint, retries=0) as client:
         with pytest.raises(Unavailable, match="gone fishing"):
             await client.infer("echo", {"x": X})
         assert [len(orchestrator.heads) for orchestrator in mesh.orchestrators] == [1, 1]
@@ -133,7 +141,8 @@ async def test_when_all_refuse_the_last_refusal_is_told(tmp_path: Path, implemen
 
 async def test_a_request_survives_the_death_of_its_orchestrator(tmp_path: Path, implementation: str) -> None:
     scripts = (never, never)
-    async with running_mesh(tmp_path, implementation=implementation, scripts=scripts) as mesh, AsyncClient(mesh.endpoint, retries=0) as client:
+    mesh_ = running_mesh(tmp_path, implementation=implementation, scripts=scripts)
+    async with mesh_ as mesh, AsyncClient(mesh.endpoint, retries=0) as client:
         request = asyncio.create_task(client.infer("echo", {"x": X}))
         await mesh.until(lambda: any(orchestrator.heads for orchestrator in mesh.orchestrators))
         chosen, other = sorted(mesh.orchestrators, key=lambda orchestrator: not orchestrator.heads)
@@ -206,17 +215,17 @@ async def test_the_gateways_own_deadline_names_the_hop(tmp_path: Path, implement
 
 async def test_more_than_fits_is_refused_with_a_time_to_come_back(tmp_path: Path, implementation: str) -> None:
     settings: dict[str, object] = {"max_in_flight_requests": 1}
-    async with running_mesh(tmp_path, implementation=implementation, scripts=(never,), settings=settings) as mesh:
-        async with AsyncClient(mesh.endpoint, retries=0) as client:
-            first = asyncio.create_task(client.infer("echo", {"x": X}))
-            await mesh.orchestrators[0].arrived.wait()
-            with pytest.raises(Overloaded, match="1 requests in flight") as caught:
-                await client.infer("echo", {"x": X})
-            assert caught.value.retry_after_s > 0
-            first.cancel()
-            await mesh.orchestrators[0].cancelled.wait()
-            mesh.orchestrators[0].script = answer
-            assert np.array_equal((await client.infer("echo", {"x": X}))["y"], X)
+    mesh_ = running_mesh(tmp_path, implementation=implementation, scripts=(never,), settings=settings)
+    async with mesh_ as mesh, AsyncClient(mesh.endpoint, retries=0) as client:
+        first = asyncio.create_task(client.infer("echo", {"x": X}))
+        await mesh.orchestrators[0].arrived.wait()
+        with pytest.raises(Overloaded, match="1 requests in flight") as caught:
+            await client.infer("echo", {"x": X})
+        assert caught.value.retry_after_s > 0
+        first.cancel()
+        await mesh.orchestrators[0].cancelled.wait()
+        mesh.orchestrators[0].script = answer
+        assert np.array_equal((await client.infer("echo", {"x": X}))["y"], X)
 
 
 async def test_the_wanted_revision_serves_and_others_can_be_named(tmp_path: Path, implementation: str) -> None:

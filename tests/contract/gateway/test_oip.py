@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from collections.abc import AsyncIterator
@@ -115,7 +116,8 @@ async def test_every_typed_list_becomes_the_wires_bytes(tmp_path: Path, datatype
 
     async with calling(tmp_path, specs=(own,), scripts=(script,)) as call:
         contents = oip.InferTensorContents(**{field: values})
-        response = await call("ModelInfer", Request(model_name="own", inputs=[Input(name="x", datatype=datatype, shape=[2], contents=contents)]))
+        given = Input(name="x", datatype=datatype, shape=[2], contents=contents)
+        response = await call("ModelInfer", Request(model_name="own", inputs=[given]))
         assert response.raw_output_contents[0] == raw
         assert response.outputs[0].datatype == datatype
 
@@ -243,8 +245,8 @@ async def test_the_index_tells_state_and_reason(tmp_path: Path) -> None:
         cold = spec("cold", ECHO.signature.inputs, ECHO.signature.outputs)
         registry = call.mesh.registry
         await registry.register(Registration("node", "n", "127.0.0.1:1"))
-        document = f'{{"node": "n", "groups": [{{"model": "cold", "revision": "{cold.revision}", "state": "backing_off", "reason": "no memory"}}]}}'
-        await registry.write(f"{NODES}n", document.encode())
+        group = {"model": "cold", "revision": cold.revision, "state": "backing_off", "reason": "no memory"}
+        await registry.write(f"{NODES}n", json.dumps({"node": "n", "groups": [group]}).encode())
         await publish(registry, cold)
         await want(registry, cold)
         catalog = call.mesh.gateway._catalog
@@ -265,7 +267,8 @@ async def test_the_index_tells_state_and_reason(tmp_path: Path) -> None:
 async def test_what_is_not_served_says_what_to_use(tmp_path: Path) -> None:
     async with calling(tmp_path) as call:
         for rpc, says in (
-            ("RepositoryModelLoad", "--models-dir"), ("SystemSharedMemoryRegister", "in the message"), ("CudaSharedMemoryStatus", "in the message"),
+            ("RepositoryModelLoad", "--models-dir"), ("SystemSharedMemoryRegister", "in the message"),
+            ("CudaSharedMemoryStatus", "in the message"),
             ("TraceSetting", "tensorway-timing"), ("LogSettings", "--log-level"), ("ModelStreamInfer", "use ModelInfer"),
         ):
             with pytest.raises(Unimplemented, match=re.escape(says)):

@@ -3,7 +3,7 @@ preprocess, 7 another dtype, 8 raise in postprocess, 9 too few rows; anything el
 
 import torch
 
-from tensorway.model import InvalidInput, Inputs, Model, Outputs, Parameters
+from tensorway.model import Inputs, InvalidInput, Model, Outputs, Parameters
 
 
 class Faulty(Model):

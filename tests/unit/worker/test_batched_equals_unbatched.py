@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from worker_wire import InProcess, Sent, answered
 
 from tensorway.tensors import ITEM_SIZE, DataType, Tensor, encode_bytes
-from worker_wire import InProcess, Sent, answered
 
 _MODEL = '''
 import numpy

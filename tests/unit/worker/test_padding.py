@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worker_wire import TEST_MODELS, InProcess, Sent, answered, as_torch, tensor
 
 from tensorway.errors import InvalidRequest
 from tensorway.tensors import DataType
-from worker_wire import TEST_MODELS, InProcess, Sent, answered, as_torch, tensor
 
 
 @pytest.fixture(scope="module")
@@ -69,4 +69,4 @@ def test_a_request_is_not_changed_by_who_else_is_late(lengths: InProcess) -> Non
     answer, expired = runner.finish(staged)
     assert getattr(expired, "hop", "") == "group"
     alone = answered(lengths.batch([sent(1, 2, 1)])[0])
-    assert [bytes(part) for part in getattr(answer, "payload")] == [alone["scaled"].data, alone["total"].data]
+    assert [bytes(part) for part in answer.payload] == [alone["scaled"].data, alone["total"].data]

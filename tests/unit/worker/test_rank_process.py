@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from worker_rank import call, launch_of, linked, running
+from worker_wire import MODELS, TEST_MODELS, Sent, answered, as_torch, read_reply, tensor, write_batch
 
 from tensorway.errors import InvalidRequest, ModelFailed, NotFound, Overloaded, TensorwayError, Unavailable
 from tensorway.registry import open_registry
@@ -18,8 +20,6 @@ from tensorway.tensors import DataType
 from tensorway.transport import AsyncChannel, check_health
 from tensorway.transport.port import LinkClient, Payload
 from tensorway.v1 import inference_pb2, tensor_pb2
-from worker_rank import call, launch_of, linked, running
-from worker_wire import MODELS, TEST_MODELS, Sent, answered, as_torch, read_reply, tensor, write_batch
 
 
 def identity(*values: float) -> Sent:
@@ -247,7 +247,8 @@ async def test_a_model_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "model.yaml").write_text((MODELS / "identity" / "model.yaml").read_text())
-    (folder / "model.py").write_text("from tensorway.model import Model\n\nclass Broken(Model):\n    def load(self, context):\n        {}['key']\n")
+    model_py = "from tensorway.model import Model\n\nclass Broken(Model):\n    def load(self, context):\n        {}['key']\n"
+    (folder / "model.py").write_text(model_py)
     async with running(launch_of(folder, tmp_path)) as rank:
         status = await rank.ready()
         assert (status.state, status.detail) == ("failed", "load raised KeyError: 'key' (model.py:5 in load)")

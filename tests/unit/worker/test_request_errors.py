@@ -6,11 +6,11 @@ import logging
 
 import pytest
 import torch
+from worker_wire import TEST_MODELS, InProcess, Sent, answered, as_torch, tensor, write_batch
 
 from tensorway.errors import DeadlineExceeded, InvalidRequest, ModelFailed, TensorwayError
 from tensorway.tensors import DataType, Tensor
 from tensorway_worker.rank.batch import Request
-from worker_wire import TEST_MODELS, InProcess, Sent, answered, as_torch, tensor, write_batch
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_several_guilty_requests_each_fail_alone(faulty: InProcess) -> None:
 
 def test_a_step_that_works_runs_once(faulty: InProcess) -> None:
     faulty.batch([order(10), order(11), order(12)])
-    assert getattr(faulty.engine, "_model").num_steps == 1
+    assert faulty.engine._model.num_steps == 1
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,8 @@ def test_unknown_missing_and_repeated_names(faulty: InProcess) -> None:
     outcomes = faulty.batch([Sent([one, one]), Sent([]), Sent([Tensor("x", one.dtype, one.shape, one.data)]), Sent([one], ["nothing"])])
     assert [type(outcome) for outcome in outcomes] == [InvalidRequest] * 4
     messages = [str(outcome) for outcome in outcomes]
-    assert "once" in messages[0] and "missing ['order']" in messages[1] and "no input 'x'" in messages[2] and "no output 'nothing'" in messages[3]
+    words = ["once", "missing ['order']", "no input 'x'", "no output 'nothing'"]
+    assert all(word in message for word, message in zip(words, messages, strict=True)), messages
 
 
 def test_a_body_that_does_not_fit_its_head_fails_the_batch(faulty: InProcess) -> None:

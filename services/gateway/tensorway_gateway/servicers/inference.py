@@ -9,9 +9,10 @@ from google.protobuf.message import DecodeError
 
 from tensorway.errors import InvalidRequest
 from tensorway.tensor_message import tensor_field
-from tensorway.tensors import Tensor
+from tensorway.tensors import Buffer, Tensor
 from tensorway.transport.port import Call, Server
 from tensorway.v1 import inference_pb2
+from tensorway_gateway.lifting import lift_tensors
 from tensorway_gateway.path import RequestPath
 from tensorway_gateway.requests import MAX_NUM_DIMENSIONS, MAX_NUM_ITEMS, Answered, Arrival
 from tensorway_gateway.wire import DTYPES, read_parameters, write_parameters
@@ -35,6 +36,7 @@ class InferenceServicer:
         return _write(await self._path.run(request, call), request.model)
 
     def _read(self, message: bytes, arrived_s: float) -> Arrival:
+        message, lifted = lift_tensors(message)
         try:
             request = inference_pb2.InferRequest.FromString(message)
         except DecodeError as error:
@@ -50,7 +52,8 @@ class InferenceServicer:
             if len(tensor.shape) > MAX_NUM_DIMENSIONS:
                 raise InvalidRequest(f"inputs[{index}].shape: has {len(tensor.shape)} dimensions", field=f"inputs[{index}].shape")
             # Each access of a bytes field copies it: once is enough.
-            content = tensor.data
+            large = lifted.get(index)
+            content: Buffer = tensor.data if large is None else large
             num_bytes += len(content)
             inputs.append(Tensor(tensor.name, dtype, tuple(tensor.shape), content))
         return Arrival(

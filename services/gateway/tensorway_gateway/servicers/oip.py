@@ -11,7 +11,9 @@ from google.protobuf.message import DecodeError
 from tensorway.compat import grpc_service_pb2
 from tensorway.errors import InvalidRequest
 from tensorway.tensor_message import varint
+from tensorway.tensors import Buffer
 from tensorway.transport.port import Call, Server
+from tensorway_gateway.lifting import lift_raw_contents
 from tensorway_gateway.path import RequestPath
 from tensorway_gateway.requests import MAX_NUM_ITEMS, MAX_PRIORITY, MIN_PRIORITY, Answered, Arrival, Value
 from tensorway_gateway.servicers.oip_tensors import oip_field, read_inputs, refuse_unserved_parameters
@@ -37,14 +39,15 @@ class OipServicer:
     async def model_infer(self, message: bytes, call: Call) -> bytes:
         """ModelInferRequest bytes in, ModelInferResponse bytes out; outputs are always raw."""
         arrived_s = time.monotonic()
+        message, lifted = lift_raw_contents(message)
         try:
             request = grpc_service_pb2.ModelInferRequest.FromString(message)
         except DecodeError as error:
             raise InvalidRequest("the message is no ModelInferRequest", field="request") from error
-        return _write(await self._path.run(self._read(request, arrived_s), call), request)
+        return _write(await self._path.run(self._read(request, lifted, arrived_s), call), request)
 
-    def _read(self, request: grpc_service_pb2.ModelInferRequest, arrived_s: float) -> Arrival:
-        inputs = read_inputs(request)
+    def _read(self, request: grpc_service_pb2.ModelInferRequest, lifted: Mapping[int, Buffer], arrived_s: float) -> Arrival:
+        inputs = read_inputs(request, lifted)
         if len(request.outputs) > MAX_NUM_ITEMS:
             raise InvalidRequest(f"outputs: {len(request.outputs)} are more than {MAX_NUM_ITEMS}", field="outputs")
         for output in request.outputs:

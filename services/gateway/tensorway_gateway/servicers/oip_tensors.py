@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from tensorway.compat import grpc_service_pb2
 from tensorway.errors import InvalidRequest, Unimplemented
-from tensorway.tensors import DataType, Tensor, encode_bytes, num_elements
+from tensorway.tensors import Buffer, DataType, Tensor, encode_bytes, num_elements
 from tensorway_gateway.requests import MAX_NUM_DIMENSIONS, MAX_NUM_ITEMS
 
 #: Our element types by the protocol's names, which are the same words.
@@ -45,12 +45,17 @@ def oip_field(_index: int, name: str, part: str) -> str:
     return f"input {name!r} {part}"
 
 
-def read_inputs(request: grpc_service_pb2.ModelInferRequest) -> tuple[Tensor, ...]:
-    """All inputs with their bytes, raw or typed. Raises InvalidRequest naming the input, or Unimplemented for shared memory."""
+def read_inputs(request: grpc_service_pb2.ModelInferRequest, lifted: Mapping[int, Buffer]) -> tuple[Tensor, ...]:
+    """All inputs with their bytes, raw or typed; `lifted` holds raw contents that were cut out of the message, by index.
+
+    Raises InvalidRequest naming the input, or Unimplemented for shared memory.
+    """
     if len(request.inputs) > MAX_NUM_ITEMS:
         raise InvalidRequest(f"inputs: {len(request.inputs)} are more than {MAX_NUM_ITEMS}", field="inputs")
     # Each access of a bytes field copies it: once is enough.
-    raw = list(request.raw_input_contents)
+    raw: list[Buffer] = list(request.raw_input_contents)
+    for index, content in lifted.items():
+        raw[index] = content
     if raw and len(raw) != len(request.inputs):
         raise InvalidRequest(
             f"raw_input_contents: has {len(raw)} entries for {len(request.inputs)} inputs; it needs one for each",
@@ -67,7 +72,7 @@ def refuse_unserved_parameters(where: str, parameters: Mapping[str, object]) -> 
         raise Unimplemented(f"{where}: classification is not served here; ask for the scores and sort them", field=where)
 
 
-def _read_input(item: grpc_service_pb2.ModelInferRequest.InferInputTensor, raw: bytes | None) -> Tensor:
+def _read_input(item: grpc_service_pb2.ModelInferRequest.InferInputTensor, raw: Buffer | None) -> Tensor:
     where = f"input {item.name!r}"
     if item.parameters:
         refuse_unserved_parameters(where, item.parameters)

@@ -15,12 +15,12 @@ from tensorway.tensors import Buffer
 from tensorway.transport.port import Payload
 from tensorway.v1 import inference_pb2, link_pb2, tensor_pb2
 from tensorway_worker.rank.batch import Request
-from tensorway_worker.rank.layout import Layouts
+from tensorway_worker.rank.layout import Layout, Layouts
 from tensorway_worker.rank.outputs import Answer, OutputHead
 
 _NO_PARAMETERS: Final[Parameters] = {}
-#: Serialised response heads kept: nearly all answers of a model describe the same few shapes.
-_MAX_RESPONSES: Final = 2048
+#: Heads kept in each direction: nearly all requests and answers of a model describe the same few shapes.
+_MAX_CACHED: Final = 2048
 _MAX_DEADLINE_S: Final = 3600.0
 
 CheckRequest = Callable[[Request], None]
@@ -53,6 +53,7 @@ class Codec:
         self._revision = revision
         self._layouts = layouts
         self._check = check
+        self._layout_of: dict[tuple[bytes, ...], Layout] = {}
         self._responses: dict[tuple[OutputHead, ...], bytes] = {}
 
     def read_batch(self, head: bytes, payload: Payload) -> Batch:
@@ -73,27 +74,38 @@ class Codec:
         return Batch(message.batch_id, message.epoch, requests, body.num_bytes)
 
     def _request(self, head: link_pb2.RequestHead, body: _Body, now_s: float, remaining_us: int) -> Request | TensorwayError:
-        key = tuple((one.name, one.dtype, tuple(one.shape), one.num_bytes) for one in head.inputs)
-        layout = self._layouts.of(key)
+        # Serialised heads are the cheapest key there is; reading their fields one by one costs more than the whole rest.
+        key = tuple([one.SerializeToString() for one in head.inputs])
+        layout = self._layout_of.get(key)
+        if layout is None:
+            layout = self._new_layout(key, head)
         if layout.error is not None:
             body.take(layout.num_bytes)
             return _again(layout.error)
+        names = head.output_names
+        parameters = head.parameters
         request = Request(
             head.request_id,
             layout,
-            tuple([body.take(one[3]) for one in key]),
-            tuple(head.output_names),
-            _parameters(head.parameters) if head.parameters else _NO_PARAMETERS,
+            tuple([body.take(item.num_bytes) for item in layout.inputs]),
+            tuple(names) if names else (),
+            _parameters(parameters) if parameters else _NO_PARAMETERS,
             now_s + (remaining_us / 1e6 if remaining_us else _MAX_DEADLINE_S),
         )
-        return self._checked(request)
+        return self._checked(request) if names else request
+
+    def _new_layout(self, key: tuple[bytes, ...], head: link_pb2.RequestHead) -> Layout:
+        if len(self._layout_of) >= _MAX_CACHED:
+            self._layout_of.clear()
+        layout = self._layouts.of(tuple((one.name, one.dtype, tuple(one.shape), one.num_bytes) for one in head.inputs))
+        self._layout_of[key] = layout
+        return layout
 
     def _checked(self, request: Request) -> Request | TensorwayError:
-        if request.output_names:
-            try:
-                self._check(request)
-            except InvalidRequest as error:
-                return error
+        try:
+            self._check(request)
+        except InvalidRequest as error:
+            return error
         return request
 
     def write_reply(self, results: Sequence[Answer | TensorwayError], times: Times) -> tuple[bytes, Payload]:
@@ -103,8 +115,10 @@ class Codec:
         payload: list[Buffer] = []
         for result in results:
             if isinstance(result, Answer):
-                add(response=self._response(result.heads), body_bytes=sum([head[3] for head in result.heads]))
-                payload.extend(result.payload)
+                heads = result.heads
+                num_bytes = heads[0][3] if len(heads) == 1 else sum([head[3] for head in heads])
+                add(response=self._response(heads), body_bytes=num_bytes)
+                payload += result.payload
             else:
                 add(error=_detail(result))
         return message.SerializeToString(), tuple(payload)
@@ -112,7 +126,7 @@ class Codec:
     def _response(self, heads: tuple[OutputHead, ...]) -> bytes:
         response = self._responses.get(heads)
         if response is None:
-            if len(self._responses) >= _MAX_RESPONSES:
+            if len(self._responses) >= _MAX_CACHED:
                 self._responses.clear()
             outputs = [link_pb2.TensorHead(name=name, dtype=dtype, shape=shape, num_bytes=size) for name, dtype, shape, size in heads]  # type: ignore[arg-type]
             response = self._responses[heads] = link_pb2.ResponseHead(outputs=outputs).SerializeToString()
@@ -182,6 +196,10 @@ class _Body:
         if num_bytes > self.num_left:
             raise InvalidRequest(f"the batch lacks {num_bytes - self.num_left} bytes", field="body")
         self.num_left -= num_bytes
+        offset = self._offset
+        if num_bytes and offset + num_bytes < len(self._segments[self._index]):
+            self._offset = offset + num_bytes
+            return (self._segments[self._index][offset : offset + num_bytes],)
         pieces: list[Buffer] = []
         while num_bytes:
             segment = self._segments[self._index]

@@ -53,7 +53,7 @@ class Executor:
         def work() -> None:
             try:
                 result = call()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - handed to whoever waits for the future
                 self._loop.call_soon_threadsafe(_fail, future, error)
             else:
                 self._loop.call_soon_threadsafe(_resolve, future, result)
@@ -83,12 +83,12 @@ class Executor:
         return time.monotonic()
 
     def _serve(self) -> None:
-        torch.set_num_threads(self._num_threads)
+        torch.set_num_threads(max(1, self._num_threads))
         with torch.inference_mode():
             while (work := self._queue.get()) is not None:
                 try:
                     work()
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001 - ends the rank
                     _LOG.exception("the torch thread crashed")
                     self.crash(error)
                     return

@@ -11,6 +11,7 @@ files in a 0700 directory, and its transports are `uv` (the default busy-polls) 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -68,9 +69,12 @@ class RpcGroup:
         )
         _member = self
         try:
-            rpc.init_rpc(  # type: ignore[no-untyped-call]
-                _name(place.rank), rank=place.rank, world_size=place.world_size, rpc_backend_options=options
-            )
+            with warnings.catch_warnings():
+                # torch's own use of its own deprecated name, once per join.
+                warnings.filterwarnings("ignore", message="You are using a Backend", category=UserWarning)
+                rpc.init_rpc(  # type: ignore[no-untyped-call]
+                    _name(place.rank), rank=place.rank, world_size=place.world_size, rpc_backend_options=options
+                )
         except RuntimeError as error:
             raise GroupLost(f"the ranks of epoch {place.epoch} did not meet: {_first_line(error)}") from error
 
@@ -117,7 +121,7 @@ class RpcGroup:
         self._sequence += 1
         try:
             self._run_own(inputs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # The leader runs the same step and meets the same error; the reply only keeps the ranks together.
             done.set_result(f"{type(error).__name__}: {error}")
         else:

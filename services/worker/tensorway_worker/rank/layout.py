@@ -42,6 +42,8 @@ class Layout:
     extents: dict[str, int]
     #: Requests with equal keys can be joined: every extent but the rows and those that padding can make equal.
     join_key: tuple[object, ...] = ()
+    #: Whether any input is BYTES.
+    has_bytes: bool = False
     #: Why a request of this layout must be refused; None where it fits the signature.
     error: InvalidRequest | None = None
 
@@ -69,7 +71,7 @@ class Layouts:
         try:
             return self._fitting(key, num_bytes)
         except InvalidRequest as error:
-            return Layout((), num_bytes, 0, {}, (), error)
+            return Layout((), num_bytes, 0, {}, (), False, error)
 
     def _fitting(self, key: Sequence[InputKey], num_bytes: int) -> Layout:
         inputs: list[InputLayout] = []
@@ -90,7 +92,8 @@ class Layouts:
             raise InvalidRequest(f"inputs: expected each of {list(self._specs)} once, missing {missing}", field="inputs")
         rows = extents.get(ROWS, 1) if self._is_batchable else 1
         join_key = sorted((item.name, item.shape[1:]) for item in inputs if item.name not in self._padded)
-        return Layout(tuple(inputs), num_bytes, rows, extents, tuple(join_key))
+        has_bytes = any(item.dtype is DataType.BYTES for item in inputs)
+        return Layout(tuple(inputs), num_bytes, rows, extents, tuple(join_key), has_bytes)
 
 
 def bind_extents(spec: TensorSpec, shape: tuple[int, ...], extents: dict[str, int], field: str) -> None:

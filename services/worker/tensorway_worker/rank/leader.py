@@ -101,7 +101,7 @@ class Leader:
             accepted = self._accept(batch, partial(self._reply, exchange))
         except TensorwayError as error:
             exchange.fail(error)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a bug here costs one batch, not the link
             _LOG.exception("a batch could not be read")
             exchange.fail(as_tensorway_error(error))
         else:
@@ -167,7 +167,7 @@ class Leader:
         """Runs a part of a batch's way, in whatever thread; a bug in it fails the batch, a lost device or group ends the rank."""
         try:
             work(accepted)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - handed to the batch, and to the rank where it is lost
             _LOG.exception("a batch failed as a whole")
             is_lost = is_fatal(error)
             failure = Unavailable(f"the group was lost: {error}") if is_lost else as_tensorway_error(error)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -57,18 +58,20 @@ class Rank:
         executor = Executor(loop, self.launch.threads, self._on_crash)
         executor.start()
         report = Report(StatusPipe(environment), executor)
-        heartbeat = asyncio.ensure_future(report.heartbeat(self.launch.heartbeat_s))
+        heartbeat = asyncio.create_task(report.heartbeat(self.launch.heartbeat_s))
+        heartbeat.add_done_callback(self._on_heartbeat_end)
         try:
             await self._serve(executor, report)
         except _Stopped:
             return 0
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - reported to the node, with a status to exit with
             if not isinstance(error, TensorwayError):
                 _LOG.exception("the rank failed")
             report.change(FAILED, _sentence(error))
             return 1
         finally:
             heartbeat.cancel()
+            await asyncio.wait((heartbeat,))
             executor.stop()
         return 0
 
@@ -85,6 +88,9 @@ class Rank:
             if launch.rank == 0:
                 report.change(WARMING)
                 await self._unless_stopped(executor.run(lambda: warm_up(engine, directory.spec, runner, group.run)))
+                # What is loaded stays: the collector need not look at it again and again while requests wait.
+                gc.collect()
+                gc.freeze()
                 endpoint = Endpoint(launch, directory.spec, engine, runner, executor)
                 report.change(READY, endpoint=await endpoint.open())
             else:
@@ -124,6 +130,10 @@ class Rank:
     def _on_node_gone(self) -> None:
         _LOG.warning("the node has gone; stopping")
         self._stopping.set()
+
+    def _on_heartbeat_end(self, heartbeat: asyncio.Task[None]) -> None:
+        if not heartbeat.cancelled() and (error := heartbeat.exception()) is not None:
+            self._on_crash(error)
 
     def _on_crash(self, error: BaseException) -> None:
         self._crash = error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +19,7 @@ from tensorway_worker.rank.received import DATA_TYPE_OF, bytes_of
 OutputHead = tuple[str, DataType, tuple[int, ...], int]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """One request's outputs, in the order in which it wants them."""
 
     heads: tuple[OutputHead, ...]
@@ -45,13 +44,25 @@ class OutputRules:
         """The answers of a step's requests, in its order. Raises ModelFailed naming the output that breaks the signature."""
         if not self._is_batchable:
             return [self.answer(outputs, item.request) for item in step]
-        total = sum(item.rows for item in step)
+        total = sum([item.rows for item in step])
         padded = longest(step)
-        columns = {name: self._column(name, outputs, step, total, padded) for name in self._wanted(step)}
-        return [
-            _answer(item.request.output_names or self._all, [columns[name][place] for name in item.request.output_names or self._all])
-            for place, item in enumerate(step)
-        ]
+        wanted = self._wanted(step)
+        columns = {name: self._column(name, outputs, step, total, padded) for name in wanted}
+        if len(wanted) == 1:
+            return [Answer((head,), (data,)) for head, data in columns[wanted[0]]]
+        return [_answer([columns[name][place] for name in item.request.output_names or self._all]) for place, item in enumerate(step)]
+
+    def empty(self, request: Request) -> Answer | None:
+        """The answer to a request without rows, which needs no step; None where only a step can tell the extents."""
+        pieces: list[tuple[OutputHead, Buffer]] = []
+        names = request.output_names or self._all
+        for name in names:
+            spec = self._specs[name]
+            shape = [dimension if isinstance(dimension, int) else request.layout.extents.get(dimension, -1) for dimension in spec.shape]
+            if shape[:1] != [0] or min(shape) < 0:
+                return None
+            pieces.append(((name, spec.dtype, tuple(shape), 0), b""))
+        return _answer(pieces)
 
     def _wanted(self, step: Sequence[Prepared]) -> tuple[str, ...]:
         if all(item.request.output_names for item in step):
@@ -71,11 +82,16 @@ class OutputRules:
             return [_piece(spec, part) for part in _slices(value, spec, step, is_trimmed)]
         data = memoryview(bytes_of(value))
         row_bytes = len(data) // total if total else 0
+        heads: dict[int, OutputHead] = {}
         column: list[tuple[OutputHead, Buffer]] = []
         offset = 0
         for item in step:
-            end = offset + item.rows * row_bytes
-            column.append(((name, spec.dtype, (item.rows, *shape[1:]), end - offset), data[offset:end]))
+            rows = item.rows
+            end = offset + rows * row_bytes
+            head = heads.get(rows)
+            if head is None:
+                head = heads[rows] = (name, spec.dtype, (rows, *shape[1:]), end - offset)
+            column.append((head, data[offset:end]))
             offset = end
         return column
 
@@ -92,7 +108,7 @@ class OutputRules:
             except InvalidRequest as error:
                 raise ModelFailed(error.message) from error
             pieces.append(_piece(spec, value))
-        return _answer(names, pieces)
+        return _answer(pieces)
 
 
 def cut_rows(outputs: Outputs, step: Sequence[Prepared]) -> list[Outputs]:
@@ -121,7 +137,7 @@ def to_host(outputs: Outputs) -> Outputs:
     return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in outputs.items()}
 
 
-def _answer(names: tuple[str, ...], pieces: Sequence[tuple[OutputHead, Buffer]]) -> Answer:
+def _answer(pieces: Sequence[tuple[OutputHead, Buffer]]) -> Answer:
     return Answer(tuple(piece[0] for piece in pieces), tuple(piece[1] for piece in pieces))
 
 

@@ -78,35 +78,38 @@ class BatchRunner:
                 readable.append((index, request))
         prepared: list[Prepared] = []
         for (index, _), outcome in zip(readable, self._prepare_all(readable), strict=True):
-            if isinstance(outcome, TensorwayError):
-                staged.results[index] = outcome
-            else:
+            if isinstance(outcome, Prepared):
                 prepared.append(outcome)
+            else:
+                staged.results[index] = outcome
         staged.steps = [Step(items) for items in group(prepared, self._is_batchable)]
         # The first is joined ahead; any other when its turn comes, so that a batch that fell apart does not hold all its tensors twice.
         if staged.steps:
             self._join(staged, staged.steps[0])
         return staged
 
-    def _prepare_all(self, readable: Sequence[tuple[int, Request]]) -> list[Prepared | TensorwayError]:
+    def _prepare_all(self, readable: Sequence[tuple[int, Request]]) -> list[Prepared | Answer | TensorwayError]:
         if self._pool is not None and len(readable) > 1:
             return list(self._pool.map(self._prepare, readable))
         return [self._prepare(one) for one in readable]
 
-    def _prepare(self, one: tuple[int, Request]) -> Prepared | TensorwayError:
+    def _prepare(self, one: tuple[int, Request]) -> Prepared | Answer | TensorwayError:
         index, request = one
         try:
             if not self._engine.has_preprocess:
-                return as_received(index, request)
-            values = self._engine.preprocess(request.values(), request.parameters)
-            return preprocessed(index, request, values, self._is_batchable, self.padding)
-        except Exception as error:
+                prepared = as_received(index, request)
+            else:
+                values = self._engine.preprocess(request.values(), request.parameters)
+                prepared = preprocessed(index, request, values, self._is_batchable, self.padding)
+            # Many a network cannot cope with no rows at all, and none needs to.
+            return (None if prepared.rows else self.rules.empty(request)) or prepared
+        except Exception as error:  # noqa: BLE001 - an author's code raises anything; it is the request's result
             return model_error(error, self._directory, "preprocess")
 
     def _join(self, staged: Staged, step: Step) -> bool:
         try:
             step.inputs = join(step.prepared, self.padding, self._engine.device)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - becomes the requests' result
             self._fail(staged, step.prepared, model_error(error, self._directory, "joining the batch"))
             step.prepared = []
             return False
@@ -119,21 +122,27 @@ class BatchRunner:
 
     def _run(self, staged: Staged, step: Step) -> None:
         num_staged = len(step.prepared)
-        self._drop_expired(staged, step)
+        if num_staged:
+            self._drop_expired(staged, step)
         if not step.prepared:
             return
         # Tensors joined with a request that is gone, or not yet at all, are joined (again) without it.
         if (step.inputs is None or len(step.prepared) != num_staged) and not self._join(staged, step):
             return
+        failure = self._try(staged, step)
+        if failure is not None:
+            # Only now, outside of the handler, is the failed step's memory free for its halves.
+            self._after_failure(staged, step, failure)
+
+    def _try(self, staged: Staged, step: Step) -> TensorwayError | None:
         inputs, step.inputs = step.inputs, None
         try:
             staged.ran.append((step.prepared, to_host(self._run_step(inputs or {}))))
         except Exception as error:
             if is_fatal(error):
                 raise
-            failure = model_error(error, self._directory, "forward")
-            del inputs, error
-            self._after_failure(staged, step, failure)
+            return model_error(error, self._directory, "forward")
+        return None
 
     def _after_failure(self, staged: Staged, step: Step, failure: TensorwayError) -> None:
         """Looks for the guilty request by halves, so that it fails alone."""
@@ -146,7 +155,7 @@ class BatchRunner:
 
     def _drop_expired(self, staged: Staged, step: Step) -> None:
         now_s = time.monotonic()
-        if all(item.request.deadline_s > now_s for item in step.prepared):
+        if min([item.request.deadline_s for item in step.prepared]) > now_s:
             return
         late = [item for item in step.prepared if item.request.deadline_s <= now_s]
         self._fail(staged, late, DeadlineExceeded("the deadline passed while the request waited for its step", hop=HOP))
@@ -157,7 +166,7 @@ class BatchRunner:
         for prepared, outputs in staged.ran:
             try:
                 self._finish(staged, prepared, outputs)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - becomes the requests' result
                 self._fail(staged, prepared, model_error(error, self._directory, "the model's outputs"))
         staged.ran.clear()
         return [result if result is not None else _unanswered() for result in staged.results]
@@ -165,21 +174,21 @@ class BatchRunner:
     def _finish(self, staged: Staged, prepared: list[Prepared], outputs: Outputs) -> None:
         if not self._engine.has_postprocess:
             for item, answer in zip(prepared, self.rules.split(outputs, prepared), strict=True):
-                staged.results[item.index] = answer
+                staged.results[item.place] = answer
             return
         parts = cut_rows(outputs, prepared) if self._is_batchable else [outputs]
         for item, part in zip(prepared, parts, strict=True):
-            staged.results[item.index] = self._postprocess(item, part)
+            staged.results[item.place] = self._postprocess(item, part)
 
     def _postprocess(self, item: Prepared, part: Outputs) -> Answer | TensorwayError:
         try:
             return self.rules.answer(self._engine.postprocess(part, item.request.parameters), item.request)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - an author's code raises anything; it is the request's result
             return model_error(error, self._directory, "postprocess")
 
     def _fail(self, staged: Staged, prepared: Sequence[Prepared], failure: TensorwayError) -> None:
         for item in prepared:
-            staged.results[item.index] = failure
+            staged.results[item.place] = failure
             if not isinstance(failure, InvalidRequest | DeadlineExceeded):
                 _LOG.warning("request failed: %s", failure.message, extra={"fields": {"request_id": item.request.request_id}})
 
