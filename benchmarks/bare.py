@@ -18,7 +18,6 @@ from tensorway.model_directory import ModelDirectory, load_directory
 from tensorway_worker.engines import open_engine
 
 EXTENT = 32
-_DTYPES = {"FP32": torch.float32, "INT64": torch.int64}
 
 
 def example(directory: ModelDirectory, rows: int) -> dict[str, torch.Tensor]:
@@ -28,7 +27,8 @@ def example(directory: ModelDirectory, rows: int) -> dict[str, torch.Tensor]:
     for spec in directory.yaml.inputs:
         shape = [rows if extent == "rows" else EXTENT if isinstance(extent, str) else extent for extent in spec.shape]
         if spec.dtype == "INT64":
-            inputs[spec.name] = torch.ones(shape, dtype=torch.int64) if "mask" in spec.name else torch.randint(1000, 28000, shape, generator=generator)
+            ids = torch.randint(1000, 28000, shape, generator=generator)
+            inputs[spec.name] = torch.ones_like(ids) if "mask" in spec.name else ids
         else:
             inputs[spec.name] = torch.randn(shape, generator=generator)
     return inputs

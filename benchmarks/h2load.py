@@ -64,9 +64,9 @@ async def drive(endpoint: str, message: bytes, response_bytes: int, load: Load, 
         body, log = Path(folder) / "body", Path(folder) / "log"
         body.write_bytes(struct.pack(">BI", 0, len(message)) + message)
         arguments = [
-            require_h2load(), "-n", str(load.num_requests), "-c", str(load.connections), "-m", str(max(1, load.concurrency // load.connections)),
-            "-t", "1", "-d", str(body), "--log-file", str(log), "-w", "24", "-W", "26",
-            "-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{endpoint}{INFER}",
+            require_h2load(), "-n", str(load.num_requests), "-c", str(load.connections),
+            "-m", str(max(1, load.concurrency // load.connections)), "-t", "1", "-d", str(body), "--log-file", str(log), "-w", "24",
+            "-W", "26", "-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{endpoint}{INFER}",
         ]
         before = cpu.read()
         process = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)

@@ -37,7 +37,8 @@ def identity_table(runs: Sequence[Measured]) -> str:
 def large_table(rows: Sequence[tuple[Workload, Measured]]) -> str:
     head = "| request | in flight | requests/s | GB/s each way | p50 ms | p99 ms | all CPU µs |"
     lines = [
-        f"| {workload.name} | {run.load.concurrency} | {run.requests_per_s:.1f} | {run.requests_per_s * workload.payload_bytes / 1e9:.2f} | "
+        f"| {workload.name} | {run.load.concurrency} | {run.requests_per_s:.1f} | "
+        f"{run.requests_per_s * workload.payload_bytes / 1e9:.2f} | "
         f"{run.p50_ms:.1f} | {run.p99_ms:.1f} | {run.cpu_total_us:.0f} |"
         for workload, run in rows
     ]
@@ -66,7 +67,9 @@ def perf_analyzer_table(rows: Sequence[Analyzed]) -> str:
 def write(path: Path, tables: Sequence[str], quick: bool) -> None:
     """Writes the results with the machine they were measured on."""
     how = "`make bench`" + (" with --quick" if quick else "")
-    path.write_text(f"# Results\n\nMeasured by {how} on {datetime.date.today().isoformat()}.\n\n{_machine()}\n\n" + "\n".join(tables), encoding="utf-8")
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    head = f"# Results\n\nMeasured by {how} on {today}.\n\n{_machine()}\n\n"
+    path.write_text(head + "\n".join(tables), encoding="utf-8")
     print(f"wrote {path}")
 
 
@@ -82,6 +85,7 @@ def _machine() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("grpcio", "torch", "transformers", "uvloop"))
     return (
         f"Machine: {found[1] if found else 'unknown CPU'}, {os.cpu_count()} shared cores, "
-        f"{int(memory[1]) // 2**20 if memory else 0} GiB, Linux {platform.release().split('-')[0]}, CPython {platform.python_version()}; {versions}. "
+        f"{int(memory[1]) // 2**20 if memory else 0} GiB, "
+        f"Linux {platform.release().split('-')[0]}, CPython {platform.python_version()}; {versions}. "
         "The load generator runs on the same cores."
     )

@@ -30,7 +30,7 @@ from tensorway.transport import AsyncChannel
 
 ROOT = Path(__file__).parent.parent
 IDENTITY_LOADS = (Load(1, 3000), Load(8, 10000), Load(64, 30000), Load(256, 30000))
-WARM_UP = Load(8, 400)
+WARM_UP = Load(4, 80)
 
 
 async def bench(parts: set[str], quick: bool) -> None:
@@ -69,10 +69,11 @@ async def on_mesh(model: str, workload: Workload, loads: tuple[Load, ...], shrin
             channel = AsyncChannel(endpoint)
             answer = (await channel.unary(INFER, workload.message, 60.0)).response
             await channel.close()
-            await drive(endpoint, workload.message, len(answer) + 5, Load(WARM_UP.concurrency, max(20, WARM_UP.num_requests // shrink)), cpu)
+            num_bytes = len(answer) + 5  # and gRPC's prefix
+            await drive(endpoint, workload.message, num_bytes, WARM_UP, cpu)
             for load in loads:
                 size = Load(load.concurrency, max(load.concurrency * 2, load.num_requests // shrink))
-                measured = await drive(endpoint, workload.message, len(answer) + 5, size, cpu)
+                measured = await drive(endpoint, workload.message, num_bytes, size, cpu)
                 print(report.line(workload, measured), flush=True)
                 found.append(measured)
     return found
@@ -102,7 +103,8 @@ async def start(mesh: LocalMesh, registry: DirectoryRegistry, folder: str, model
 
 def bare_rate(model: str, sizes: tuple[int, ...], quick: bool) -> dict[int, float]:
     """Rows per second of the bare model by batch size, in a process of its own, with the threads that its rank gets."""
-    command = [sys.executable, "-m", "benchmarks.bare", str(ROOT / "models" / model), str(os.cpu_count() or 1), "1" if quick else "6", *map(str, sizes)]
+    seconds = "1" if quick else "6"
+    command = [sys.executable, "-m", "benchmarks.bare", str(ROOT / "models" / model), str(os.cpu_count() or 1), seconds, *map(str, sizes)]
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     rates = {int(size): rate for size, rate in json.loads(output.splitlines()[-1]).items()}
     print(f"bare {model}: " + ", ".join(f"{size}: {rate:.1f} rows/s" for size, rate in rates.items()), flush=True)

@@ -1,4 +1,5 @@
-"""ImageNet classes of encoded pictures: decoded and resized per request, classified per batch by the network of efficientnet-lite-pytorch."""
+"""ImageNet classes of encoded pictures: decoded and resized per request, classified
+per batch by efficientnet-lite-pytorch."""
 
 import importlib
 import io

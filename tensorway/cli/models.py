@@ -24,6 +24,8 @@ def models(context: typer.Context, endpoint: Endpoint = _DEFAULT_ENDPOINT) -> No
 
     Examples: `tensorway models` · `tensorway models show minilm` · `tensorway models fetch models`
     """
+    # `models --endpoint X list` means the same as `models list --endpoint X`.
+    context.default_map = {command: {"endpoint": endpoint} for command in ("list", "show")}
     if context.invoked_subcommand is None:
         list_models(endpoint)
 

@@ -7,7 +7,7 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -82,7 +82,7 @@ async def _serve(options: UpOptions, directories: tuple[ModelDirectory, ...], re
 
         await show_demo(options.listen, {directory.yaml.name: directory for directory in directories}, console)
     if not options.exit_after_demo:
-        _print_how_to(options, console)
+        _print_how_to(options, [directory.yaml.name for directory in directories], console)
         await asyncio.Event().wait()
 
 
@@ -192,13 +192,18 @@ async def _wait_gateway(endpoint: str) -> None:
     raise Unavailable(f"the gateway at {endpoint} is not ready: {problem or 'it says NOT_SERVING'}")
 
 
-def _print_how_to(options: UpOptions, console: Console) -> None:
+def _print_how_to(options: UpOptions, models: Collection[str], console: Console) -> None:
     endpoint = options.listen
     console.print(f"\nServing on [bold]{endpoint}[/] (gRPC) and http://{options.ops_listen} (ops). Ctrl-C stops it. Try:\n", soft_wrap=True)
-    print(f"""  grpcurl -plaintext {endpoint} list
-  grpcurl -plaintext {endpoint} tensorway.v1.ModelService/ListModels
-  grpcurl -plaintext -d '{{"model":"minilm","inputs":[{{"name":"text","dtype":"DATA_TYPE_BYTES","shape":[1],"data":"AgAAAGhp"}}]}}' \\
-    {endpoint} tensorway.v1.InferenceService/Infer
-  tensorway infer minilm --text "hello" --endpoint {endpoint}
-  python -c 'import tensorway; print(tensorway.Client("{endpoint}").infer("minilm", {{"text": ["hello"]}})["embedding"].shape)'
-""", file=sys.stdout, flush=True)
+    lines = [f"grpcurl -plaintext {endpoint} list", f"grpcurl -plaintext {endpoint} tensorway.v1.ModelService/ListModels"]
+    if "minilm" in models:
+        tensor = '{"name":"text","dtype":"DATA_TYPE_BYTES","shape":[1],"data":"AgAAAGhp"}'
+        lines += [
+            f"""grpcurl -plaintext -d '{{"model":"minilm","inputs":[{tensor}]}}' {endpoint} tensorway.v1.InferenceService/Infer""",
+            f'tensorway infer minilm --text "hello" --endpoint {endpoint}',
+        ]
+        call = """infer("minilm", {"text": ["hello"]})["embedding"].shape"""
+    else:
+        call = "models()"
+    lines += [f"tensorway models list --endpoint {endpoint}", f"python -c 'import tensorway; print(tensorway.Client(\"{endpoint}\").{call})'"]
+    print("\n".join(f"  {line}" for line in lines) + "\n", file=sys.stdout, flush=True)

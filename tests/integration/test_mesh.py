@@ -73,7 +73,9 @@ async def test_real_photographs_and_one_that_is_none(mesh: Mesh) -> None:
                 return int((await client.infer("efficientnet-lite0", {"image": [content]}))["class_id"][0])
 
         outcomes = await asyncio.gather(
-            classify((samples / "china.jpg").read_bytes()), classify(b"this is no picture"), classify((samples / "flower.jpg").read_bytes()),
+            classify((samples / "china.jpg").read_bytes()),
+            classify(b"this is no picture"),
+            classify((samples / "flower.jpg").read_bytes()),
             return_exceptions=True,
         )
     assert (outcomes[0], outcomes[2]) == (698, 985)  # palace, daisy

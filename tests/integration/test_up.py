@@ -30,8 +30,8 @@ def free_endpoint() -> str:
 @asynccontextmanager
 async def up(run_dir: Path, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        str(TENSORWAY), "up", str(MODELS), "--listen", free_endpoint(), "--ops-listen", free_endpoint(), "--run-dir", str(run_dir), *arguments,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd=ROOT,
+        str(TENSORWAY), "up", str(MODELS), "--listen", free_endpoint(), "--ops-listen", free_endpoint(), "--run-dir", str(run_dir),
+        *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd=ROOT,
     )
     try:
         yield process
@@ -142,7 +142,8 @@ async def test_a_model_that_cannot_load_says_why(tmp_path: Path) -> None:
         "name: sad\nengine: python\ninputs: [{name: x, dtype: FP32, shape: [rows]}]\noutputs: [{name: y, dtype: FP32, shape: [rows]}]\n"
     )
     (models / "model.py").write_text(
-        "from tensorway.model import Model\nclass Sad(Model):\n    def load(self, context):\n        raise OSError('weights are on strike')\n"
+        "from tensorway.model import Model\nclass Sad(Model):\n"
+        "    def load(self, context):\n        raise OSError('weights are on strike')\n"
         "    def forward(self, inputs):\n        return inputs\n"
     )
     process = await asyncio.create_subprocess_exec(

@@ -95,6 +95,9 @@ async def test_models_are_listed_and_shown(tmp_path: Path) -> None:
             assert result.exit_code == 0, result.output
             assert re.search(r"echo\W+6563686f0000 \(1\)\W+ready\W+1/1\W+x FP32 \[rows, n\]", result.output)
             assert "→ shouted BYTES [rows]" in result.output
+        env = {"COLUMNS": "160", "TERM": "dumb"}
+        flagged = await asyncio.to_thread(CliRunner().invoke, APP, ["models", "--endpoint", mesh.endpoint, "list"], env=env)
+        assert "shouted" in flagged.output
         shown = (await run(mesh, "models", "show", "mixed")).output
         assert "requests are never joined" in shown
         assert "flag BOOL []" in shown

@@ -16,7 +16,7 @@ from worker_wire import MODELS, TEST_MODELS, Sent, answered, as_torch, read_repl
 from tensorway.errors import InvalidRequest, ModelFailed, NotFound, Overloaded, TensorwayError, Unavailable
 from tensorway.registry import open_registry
 from tensorway.registry.port import GROUP
-from tensorway.tensors import DataType
+from tensorway.tensors import DataType, Tensor, encode_bytes
 from tensorway.transport import AsyncChannel, check_health
 from tensorway.transport.port import LinkClient, Payload
 from tensorway.v1 import inference_pb2, tensor_pb2
@@ -26,8 +26,22 @@ def identity(*values: float) -> Sent:
     return Sent([tensor("input", torch.tensor([values]), DataType.FP32)])
 
 
-def slow(seconds: float, remaining_us: int = 60_000_000) -> Sent:
-    return Sent([tensor("seconds", torch.tensor([seconds]), DataType.FP32)], remaining_us=remaining_us)
+def gate(path: Path | None = None, remaining_us: int = 60_000_000) -> Sent:
+    """A request whose step ends when somebody opens and closes the FIFO at `path`; None: at once."""
+    data = encode_bytes([str(path).encode() if path else b""])
+    return Sent([Tensor("gate", DataType.BYTES, (1,), data)], remaining_us=remaining_us)
+
+
+@pytest.fixture
+def shut(tmp_path: Path) -> Path:
+    """A gate that stays shut until `open_gate`."""
+    path = tmp_path / "gate"
+    os.mkfifo(path)
+    return path
+
+
+async def open_gate(path: Path) -> None:
+    await asyncio.to_thread(path.write_bytes, b"open")
 
 
 async def lost(client: LinkClient, batch: tuple[bytes, Payload]) -> TensorwayError:
@@ -101,22 +115,26 @@ async def test_infer_health_and_reflection(tmp_path: Path) -> None:
             await channel.close()
 
 
-async def test_a_full_line_refuses_and_a_cancelled_batch_is_not_run(tmp_path: Path) -> None:
-    async with running(launch_of(TEST_MODELS / "slow", tmp_path)) as rank:
+async def test_a_full_line_refuses_and_a_cancelled_batch_is_not_run(tmp_path: Path, shut: Path) -> None:
+    async with running(launch_of(TEST_MODELS / "gate", tmp_path)) as rank:
         started = await rank.ready()
         async with linked(started.endpoint) as link, asyncio.TaskGroup() as tasks:
-            first = tasks.create_task(call(link, write_batch([slow(1.0)])))
+            first = tasks.create_task(call(link, write_batch([gate(shut)])))
             await rank.wait_for(lambda status: status.step_running_s > 0)
-            second = tasks.create_task(call(link, write_batch([slow(0.0)])))
-            late = tasks.create_task(call(link, write_batch([slow(0.0, remaining_us=1000), slow(0.0)])))
-            dropped = tasks.create_task(call(link, write_batch([slow(30.0)])))
+            second = tasks.create_task(call(link, write_batch([gate()])))
+            late = tasks.create_task(call(link, write_batch([gate(remaining_us=1), gate()])))
+            dropped = tasks.create_task(call(link, write_batch([gate(tmp_path / "is not there")])))
             await asyncio.sleep(0)
             with pytest.raises(Overloaded, match="4 batches") as refused:
-                await call(link, write_batch([slow(0.0)]))
+                await call(link, write_batch([gate()]))
             assert refused.value.retry_after_s > 0
             dropped.cancel()
+            # A call that follows the withdrawal on the same link is refused only after it has arrived.
+            with pytest.raises(Overloaded):
+                await call(link, write_batch([gate()]))
+            await open_gate(shut)
             (outcome,), head = read_reply(*await first)
-            assert head.step_us >= 1_000_000
+            assert head.step_us > 0
             assert answered(outcome)["thread"].data[4:] == b"torch True 1"
             read_reply(*await second)
             (expired, punctual), _ = read_reply(*await late)
@@ -127,11 +145,11 @@ async def test_a_full_line_refuses_and_a_cancelled_batch_is_not_run(tmp_path: Pa
         assert ended.num_steps == 3
 
 
-async def test_a_hung_step_shows_in_the_heartbeat(tmp_path: Path) -> None:
-    async with running(launch_of(TEST_MODELS / "slow", tmp_path)) as rank:
+async def test_a_hung_step_shows_in_the_heartbeat(tmp_path: Path, shut: Path) -> None:
+    async with running(launch_of(TEST_MODELS / "gate", tmp_path)) as rank:
         started = await rank.ready()
         async with linked(started.endpoint) as link, asyncio.TaskGroup() as tasks:
-            hung = tasks.create_task(lost(link, write_batch([slow(1000.0)])))
+            hung = tasks.create_task(lost(link, write_batch([gate(shut)])))
             first = await rank.wait_for(lambda status: status.step_running_s > 0)
             second = await rank.wait_for(lambda status: status.step_running_s > first.step_running_s)
             assert second.num_steps == first.num_steps == 0
@@ -142,38 +160,39 @@ async def test_a_hung_step_shows_in_the_heartbeat(tmp_path: Path) -> None:
             assert isinstance(await hung, Unavailable)
 
 
-async def test_accepted_batches_are_drained(tmp_path: Path) -> None:
-    launch = launch_of(TEST_MODELS / "slow", tmp_path)
+async def test_accepted_batches_are_drained(tmp_path: Path, shut: Path) -> None:
+    launch = launch_of(TEST_MODELS / "gate", tmp_path)
     async with open_registry(launch.registry) as registry, running(launch) as rank:  # type: ignore[attr-defined]
         started = await rank.ready()
         async with linked(started.endpoint) as link, asyncio.TaskGroup() as tasks:
-            accepted = tasks.create_task(call(link, write_batch([slow(0.5)])))
+            accepted = tasks.create_task(call(link, write_batch([gate(shut)])))
             await rank.wait_for(lambda status: status.step_running_s > 0)
             rank.process.send_signal(signal.SIGTERM)
             await rank.wait_for(lambda status: status.state == "stopping")
+            await open_gate(shut)
             (outcome,), _ = read_reply(*await accepted)
             assert "thread" in answered(outcome)
             assert await registry.registrations(GROUP) == ()
         assert await rank.exit_status() == 0
 
 
-async def test_a_drain_ends_at_the_grace_period(tmp_path: Path) -> None:
-    async with running(launch_of(TEST_MODELS / "slow", tmp_path, grace_s=0.2)) as rank:
+async def test_a_drain_ends_at_the_grace_period(tmp_path: Path, shut: Path) -> None:
+    async with running(launch_of(TEST_MODELS / "gate", tmp_path, grace_s=0.2)) as rank:
         started = await rank.ready()
         async with linked(started.endpoint) as link, asyncio.TaskGroup() as tasks:
-            hung = tasks.create_task(lost(link, write_batch([slow(1000.0)])))
+            hung = tasks.create_task(lost(link, write_batch([gate(shut)])))
             await rank.wait_for(lambda status: status.step_running_s > 0)
             rank.process.send_signal(signal.SIGTERM)
             assert isinstance(await hung, Unavailable)
         assert await rank.exit_status() == 0
 
 
-async def test_a_killed_rank_fails_its_batches_and_loses_its_lease(tmp_path: Path) -> None:
-    launch = launch_of(TEST_MODELS / "slow", tmp_path)
+async def test_a_killed_rank_fails_its_batches_and_loses_its_lease(tmp_path: Path, shut: Path) -> None:
+    launch = launch_of(TEST_MODELS / "gate", tmp_path)
     async with open_registry(launch.registry) as registry, running(launch) as rank:  # type: ignore[attr-defined]
         started = await rank.ready()
         async with linked(started.endpoint) as link, asyncio.TaskGroup() as tasks:
-            hung = tasks.create_task(lost(link, write_batch([slow(1000.0)])))
+            hung = tasks.create_task(lost(link, write_batch([gate(shut)])))
             await rank.wait_for(lambda status: status.step_running_s > 0)
             rank.process.kill()
             assert isinstance(await hung, Unavailable)

@@ -66,6 +66,8 @@ class TransformersEngine:
     def load(self) -> None:
         for declared in self._directory.missing_files():
             raise FailedPrecondition(f"{declared.path} is not there; run `tensorway models fetch` first", field="files")
+        # What a rank prints goes to its node's log, where a progress bar says nothing.
+        transformers.utils.logging.disable_progress_bar()
         architecture = self._settings.get("architecture")
         model = self._made(str(architecture)) if architecture else self._pretrained()
         self._model = model.eval().requires_grad_(False).to(self.device)

@@ -1,9 +1,9 @@
 """What a node tells a rank process at its start, and what the rank tells the node while it lives.
 
 The node writes one JSON line (a `RankLaunch`) to the rank's standard input and keeps that pipe open: its end means that the node has gone.
-The rank writes one JSON line per `RankStatus` to the file descriptor named by the environment variable `TENSORWAY_STATUS_FD`, at each change
-of state and as a heartbeat every `heartbeat_s` seconds. torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) are
-in the environment. Anything the rank prints goes to the node's log and is kept as the "last lines" of a failure.
+The rank writes one JSON line per `RankStatus` to the file descriptor named by the environment variable `TENSORWAY_STATUS_FD`, at each
+change of state and as a heartbeat every `heartbeat_s` seconds. torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT) are in the environment. Anything the rank prints goes to the node's log and is kept as the "last lines" of a failure.
 """
 
 from __future__ import annotations
