@@ -24,6 +24,7 @@ from tensorway.registry import open_registry
 from tensorway.registry.port import NODES, ORCHESTRATOR, Registry
 from tensorway.transport import check_health
 
+INFER: Final = "tensorway.v1.InferenceService/Infer"
 _START_TIMEOUT_S: Final = 300.0
 #: Words for a person; the node's states otherwise.
 _STATE_WORDS: Final = {"starting": "starting", "loading": "loading", "warming": "warming up", "ready": "ready", "backing_off": "failed"}
@@ -199,7 +200,7 @@ def _print_how_to(options: UpOptions, models: Collection[str], console: Console)
     if "minilm" in models:
         tensor = '{"name":"text","dtype":"DATA_TYPE_BYTES","shape":[1],"data":"AgAAAGhp"}'
         lines += [
-            f"""grpcurl -plaintext -d '{{"model":"minilm","inputs":[{tensor}]}}' {endpoint} tensorway.v1.InferenceService/Infer""",
+            f"""grpcurl -plaintext -d '{{"model":"minilm","inputs":[{tensor}]}}' {endpoint} {INFER}""",
             f'tensorway infer minilm --text "hello" --endpoint {endpoint}',
         ]
         call = """infer("minilm", {"text": ["hello"]})["embedding"].shape"""
