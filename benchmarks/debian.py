@@ -16,7 +16,8 @@ def unpack(suite: str, packages: tuple[str, ...], target: Path) -> None:
     (state / "sources.list").write_text(f"deb [signed-by={keyring}] {_mirror()} {suite} main\n")
     options = [
         "-o", f"Dir::Etc::sourcelist={state / 'sources.list'}", "-o", "Dir::Etc::sourceparts=-",
-        "-o", f"Dir::State::lists={state / 'lists'}", "-o", f"Dir::Cache::archives={state / 'archives'}", "-o", "APT::Sandbox::User=root", "-qq",
+        "-o", f"Dir::State::lists={state / 'lists'}", "-o", f"Dir::Cache::archives={state / 'archives'}",
+        "-o", "APT::Sandbox::User=root", "-qq",
     ]
     subprocess.run(["apt-get", *options, "update"], check=True)
     subprocess.run(["apt-get", *options, "download", *packages], check=True, cwd=state / "archives")

@@ -206,5 +206,8 @@ def _print_how_to(options: UpOptions, models: Collection[str], console: Console)
         call = """infer("minilm", {"text": ["hello"]})["embedding"].shape"""
     else:
         call = "models()"
-    lines += [f"tensorway models list --endpoint {endpoint}", f"python -c 'import tensorway; print(tensorway.Client(\"{endpoint}\").{call})'"]
+    lines += [
+        f"tensorway models list --endpoint {endpoint}",
+        f"python -c 'import tensorway; print(tensorway.Client(\"{endpoint}\").{call})'",
+    ]
     print("\n".join(f"  {line}" for line in lines) + "\n", file=sys.stdout, flush=True)

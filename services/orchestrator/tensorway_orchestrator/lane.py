@@ -15,7 +15,7 @@ from tensorway.errors import DeadlineExceeded, InvalidRequest, Overloaded, Tenso
 from tensorway.signature import RevisionSpec
 from tensorway.transport.port import Payload
 from tensorway_orchestrator import wire
-from tensorway_orchestrator.batching import BatchLimits, ShapeRule, leave_at_s
+from tensorway_orchestrator.batching import BatchLimits, Burst, ShapeRule, Waiting, burst_window_s, leave_at_s
 from tensorway_orchestrator.metrics import LaneMetrics
 from tensorway_orchestrator.pool import Group, SentBatch
 from tensorway_orchestrator.requests import Request, RequestQueue
@@ -24,6 +24,7 @@ from tensorway_orchestrator.routing import choose, predict_finish_s
 
 #: A wait shorter than this is not worth a timer.
 _AT_ONCE_S: Final = 0.0002
+_AFTER_THE_ANSWER: Final = float("inf")
 _BATCH_IDS: Final = count(1)
 
 
@@ -50,6 +51,7 @@ class Lane:
     budget: RetryBudget = field(init=False)
     groups: dict[str, Group] = field(default_factory=dict)
     queue: RequestQueue = field(default_factory=RequestQueue)
+    burst: Burst = field(default_factory=Burst)
     num_open: int = 0
     _groupless_since_s: float = field(default_factory=time.monotonic)
     _leave_timer: asyncio.TimerHandle | None = None
@@ -78,6 +80,7 @@ class Lane:
         request.on_close = timer.cancel
         request.origin.on_cancel(lambda: self._withdraw(request))
         self.queue.offer(request)
+        self.burst.arrived(request.weight, now_s)
         self.pump()
 
     def _refusal(self, request: Request, now_s: float) -> TensorwayError | None:
@@ -123,7 +126,10 @@ class Lane:
             group = self._choose(head, now_s)
             if group is None:
                 return
-            leave_s = leave_at_s(self.limits, self.queue.num_rows, head.arrived_s, group.load(), now_s)
+            waiting = Waiting(self.queue.num_rows, head.arrived_s, head.deadline_s)
+            leave_s = leave_at_s(self.limits, waiting, group.load(), self.burst, now_s)
+            if leave_s == _AFTER_THE_ANSWER:
+                return
             if leave_s > now_s + _AT_ONCE_S:
                 self._leave_timer = asyncio.get_running_loop().call_later(leave_s - now_s, self.pump)
                 return
@@ -163,6 +169,7 @@ class Lane:
             return
         group.observe(batch, reply.step_us / 1e6, reply.wait_us / 1e6, now_s)
         self.metrics.batch(batch.rows, reply.step_us / 1e6)
+        self.burst.answered(batch.rows, burst_window_s(self.limits, group.step_times), now_s)
         # The next batch first: the group must not wait while answers are written.
         self.pump()
         is_first = True

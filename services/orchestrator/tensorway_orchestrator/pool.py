@@ -12,10 +12,12 @@ from tensorway.registry.port import GROUP, Registration, Registry
 from tensorway.transport import create_link_client
 from tensorway.transport.port import LinkClient
 from tensorway_orchestrator.batching import GroupLoad
-from tensorway_orchestrator.routing import Candidate, StepTimes
+from tensorway_orchestrator.routing import Candidate
+from tensorway_orchestrator.step_times import StepTimes
 
 _LOG = logging.getLogger(__name__)
-_SMOOTHING: Final = 0.2
+_QUICKER: Final = 0.5
+_SLOWER: Final = 0.01
 #: Assumed way to a group and back until it has been measured, seconds.
 _FIRST_LEAD_S: Final = 0.003
 
@@ -64,8 +66,9 @@ class Group:
     def observe(self, batch: SentBatch, step_s: float, wait_s: float, now_s: float) -> None:
         """Learns from an answered batch."""
         self.step_times.observe(batch.rows, step_s)
+        # The way back is part of what is seen, and is slow whenever the next step keeps the cores busy: so the quickest ways count most.
         outside_s = max(0.0, now_s - batch.sent_s - step_s - wait_s)
-        self.lead_s += _SMOOTHING * (outside_s - self.lead_s)
+        self.lead_s += (_QUICKER if outside_s < self.lead_s else _SLOWER) * (outside_s - self.lead_s)
 
     def predicted_idle_s(self) -> float:
         """When all that was sent is predicted to be done."""
@@ -75,7 +78,8 @@ class Group:
         return idle_s
 
     def load(self) -> GroupLoad:
-        return GroupLoad(len(self.in_flight), self.predicted_idle_s(), self.lead_s)
+        running_rows = self.in_flight[-1].rows if self.in_flight else 0
+        return GroupLoad(len(self.in_flight), running_rows, self.predicted_idle_s(), self.lead_s, self.step_times)
 
     def candidate(self) -> Candidate:
         return Candidate(self.id, len(self.in_flight), self.predicted_idle_s(), self.step_times)

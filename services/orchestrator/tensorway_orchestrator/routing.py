@@ -7,42 +7,16 @@ all of them where there are few.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from dataclasses import dataclass
+from typing import Final
+
+from tensorway_orchestrator.step_times import StepTimes
 
 #: One running, one waiting at the leader: the group never idles on the network.
 MAX_BATCHES_IN_FLIGHT: Final = 2
 _COMPARE_ALL_UP_TO: Final = 8
-_SMOOTHING: Final = 0.2
 #: Steps measured before a prediction may refuse a request.
 _MIN_SAMPLES: Final = 10
-
-T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class StepTimes:
-    """Measured step time by batch size: an exponential mean per power of two of rows."""
-
-    _mean_s: dict[int, float] = field(default_factory=dict)
-    num_samples: int = 0
-
-    def observe(self, rows: int, step_s: float) -> None:
-        size = max(1, rows).bit_length()
-        known = self._mean_s.get(size)
-        self._mean_s[size] = step_s if known is None else known + _SMOOTHING * (step_s - known)
-        self.num_samples += 1
-
-    def predict_s(self, rows: int) -> float:
-        """Expected step time; 0 while nothing is known. Sizes never seen are scaled up from a smaller one, never down."""
-        size = max(1, rows).bit_length()
-        if size in self._mean_s:
-            return self._mean_s[size]
-        smaller = [known for known in self._mean_s if known < size]
-        if smaller:
-            nearest = max(smaller)
-            return self._mean_s[nearest] * float(2 ** (size - nearest))
-        return min(self._mean_s.values(), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tensorway.signature import Batching, Padding, RevisionSpec, Signature, TensorSpec
 from tensorway.tensors import DataType
-from tensorway_orchestrator.batching import BatchLimits, GroupLoad, ShapeRule, leave_at_s
+from tensorway_orchestrator.batching import BatchLimits, Burst, GroupLoad, ShapeRule, Waiting, leave_at_s
 from tensorway_orchestrator.requests import Request, RequestQueue
+from tensorway_orchestrator.step_times import StepTimes
 
 _ORIGIN: Any = object()
 
@@ -104,23 +106,89 @@ def test_every_request_is_taken_exactly_once_within_the_limits(rows: list[tuple[
 LIMITS = BatchLimits(max_rows=32, max_bytes=10**9, max_requests=32, max_delay_s=0.0)
 
 
+def times(fixed_s: float, per_row_s: float) -> StepTimes:
+    known = StepTimes()
+    for rows in (1, 8, 16, 32) * 3:
+        known.observe(rows, fixed_s + per_row_s * rows)
+    return known
+
+
+def load(num_in_flight: int = 0, rows: int = 0, idle_s: float = 0.0, step_times: StepTimes | None = None) -> GroupLoad:
+    return GroupLoad(num_in_flight, rows, idle_s, 0.004, step_times or StepTimes())
+
+
+def waiting(rows: int, arrived_s: float = 6.9, deadline_s: float = 60.0) -> Waiting:
+    return Waiting(rows, arrived_s, deadline_s)
+
+
+def burst_of(share: float) -> Burst:
+    return Burst(return_share=share)
+
+
 def test_an_idle_group_takes_what_is_there_now() -> None:
-    assert leave_at_s(LIMITS, 1, 5.0, GroupLoad(0, 0.0, 0.003), now_s=7.0) <= 7.0
+    assert leave_at_s(LIMITS, waiting(1, 5.0), load(), Burst(), now_s=7.0) <= 7.0
 
 
 def test_the_second_batch_leaves_as_late_as_the_step_time_allows() -> None:
-    load = GroupLoad(1, predicted_idle_s=7.100, lead_s=0.004)
-    assert leave_at_s(LIMITS, 3, 6.9, load, now_s=7.0) == 7.096
+    assert leave_at_s(LIMITS, waiting(3), load(1, 8, 7.100), Burst(), now_s=7.0) == 7.096
 
 
 def test_a_full_batch_does_not_wait() -> None:
-    assert leave_at_s(LIMITS, 32, 6.9, GroupLoad(1, 9.0, 0.004), now_s=7.0) == 7.0
+    assert leave_at_s(LIMITS, waiting(32), load(1, 8, 9.0, times(0.02, 0.001)), burst_of(1.0), now_s=7.0) == 7.0
 
 
 def test_max_delay_is_the_authors_wish_to_wait() -> None:
     limits = BatchLimits(32, 10**9, 32, max_delay_s=0.05)
-    assert leave_at_s(limits, 1, 7.0, GroupLoad(0, 0.0, 0.003), now_s=7.0) == 7.05
-    assert leave_at_s(limits, 32, 7.0, GroupLoad(0, 0.0, 0.003), now_s=7.0) == 7.0
+    assert leave_at_s(limits, waiting(1, 7.0), load(), Burst(), now_s=7.0) == 7.05
+    assert leave_at_s(limits, waiting(32, 7.0), load(), Burst(), now_s=7.0) == 7.0
+
+
+def test_the_burst_after_an_answer_is_waited_for_where_it_pays() -> None:
+    """Fixed cost dominates: 1 row in 21 ms, 8 rows in 28 ms."""
+    burst, known = burst_of(1.0), times(0.020, 0.001)
+    burst.answered(8, 0.003, now_s=7.0)
+    burst.arrived(1, now_s=7.001)
+    assert leave_at_s(LIMITS, waiting(1, 7.001), load(step_times=known), burst, now_s=7.001) == 7.003
+    burst.arrived(7, now_s=7.002)
+    assert leave_at_s(LIMITS, waiting(8, 7.001), load(step_times=known), burst, now_s=7.002) <= 7.002
+
+
+def test_and_not_where_rows_cost_the_same_in_any_batch() -> None:
+    burst, known = burst_of(1.0), times(0.0, 0.010)
+    burst.answered(8, 0.003, now_s=7.0)
+    assert leave_at_s(LIMITS, waiting(1, 7.0), load(step_times=known), burst, now_s=7.0) <= 7.0
+    assert leave_at_s(LIMITS, waiting(8), load(1, 24, 7.2, known), burst, now_s=7.0) == pytest.approx(7.196)
+
+
+def test_the_second_batch_waits_for_the_first_ones_callers_where_it_pays() -> None:
+    assert leave_at_s(LIMITS, waiting(8), load(1, 24, 7.05, times(0.02, 0.001)), burst_of(1.0), now_s=7.0) == float("inf")
+    assert leave_at_s(LIMITS, waiting(8), load(1, 24, 7.05, times(0.02, 0.001)), burst_of(0.0), now_s=7.0) == pytest.approx(7.046)
+
+
+def test_a_near_deadline_is_not_waited_away() -> None:
+    soon = waiting(8, deadline_s=7.06)
+    assert leave_at_s(LIMITS, soon, load(1, 24, 7.05, times(0.02, 0.001)), burst_of(1.0), now_s=7.0) == pytest.approx(7.046)
+
+
+def test_the_share_that_returns_is_learned_and_forgotten() -> None:
+    burst, now_s = Burst(), 0.0
+    for _ in range(20):
+        burst.answered(10, 0.01, now_s)
+        burst.arrived(10, now_s + 0.005)
+        now_s += 1.0
+    assert burst.missing_rows(now_s) == 0.0
+    assert burst.return_share > 0.95
+    for _ in range(20):
+        burst.answered(10, 0.01, now_s)
+        burst.arrived(10, now_s + 0.5)  # too late to count
+        now_s += 1.0
+    assert burst.return_share < 0.05
+
+
+def test_step_times_are_a_line_through_what_was_seen() -> None:
+    known = times(0.020, 0.001)
+    assert known.predict_s(64) == pytest.approx(0.084)
+    assert known.predict_s(1) == pytest.approx(0.021)
 
 
 def _spec(*inputs: TensorSpec, padding: tuple[Padding, ...] = ()) -> RevisionSpec:
