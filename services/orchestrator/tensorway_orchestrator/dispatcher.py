@@ -15,8 +15,9 @@ from tensorway.revisions import decode_revision
 from tensorway.signature import RevisionSpec
 from tensorway.transport.port import Exchange
 from tensorway_orchestrator import wire
+from tensorway_orchestrator.admission import HeldBytes
 from tensorway_orchestrator.batching import BatchLimits, ShapeRule
-from tensorway_orchestrator.lane import HeldBytes, Lane
+from tensorway_orchestrator.lane import Lane
 from tensorway_orchestrator.metrics import OrchestratorMetrics
 from tensorway_orchestrator.pool import Group
 from tensorway_orchestrator.retry import RetryPolicy

@@ -11,29 +11,24 @@ from itertools import count
 from typing import Final
 
 from tensorway.deadline import Deadline
-from tensorway.errors import DeadlineExceeded, InvalidRequest, Overloaded, TensorwayError, Unavailable
+from tensorway.errors import DeadlineExceeded, Overloaded, TensorwayError, Unavailable
 from tensorway.signature import RevisionSpec
 from tensorway.transport.port import Payload
 from tensorway_orchestrator import wire
+from tensorway_orchestrator.admission import HeldBytes, LaneLoad, no_group, refusal
 from tensorway_orchestrator.batching import BatchLimits, Burst, ShapeRule, Waiting, burst_window_s, leave_at_s
 from tensorway_orchestrator.metrics import LaneMetrics
 from tensorway_orchestrator.pool import Group, SentBatch
 from tensorway_orchestrator.requests import Request, RequestQueue
 from tensorway_orchestrator.retry import RetryBudget, RetryPolicy, should_retry
-from tensorway_orchestrator.routing import choose, predict_finish_s
+from tensorway_orchestrator.routing import Candidate, choose
 
 #: A wait shorter than this is not worth a timer.
 _AT_ONCE_S: Final = 0.0002
+#: A leader that is full is left alone for at least this long.
+_MIN_REST_S: Final = 0.002
 _AFTER_THE_ANSWER: Final = float("inf")
 _BATCH_IDS: Final = count(1)
-
-
-@dataclass(slots=True)
-class HeldBytes:
-    """Tensor bytes of all open requests of this orchestrator."""
-
-    limit: int
-    total: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -67,10 +62,10 @@ class Lane:
     def offer(self, request: Request) -> None:
         """Admits a request, or answers it at once with why not."""
         now_s = request.arrived_s
-        refusal = self._refusal(request, now_s)
-        if refusal is not None:
-            self.metrics.refused(refusal)
-            request.origin.fail(refusal)
+        refused = refusal(request, self.spec, self.limits, self._load(now_s), now_s)
+        if refused is not None:
+            self.metrics.failed(refused.status.name)
+            request.origin.fail(refused)
             return
         self.budget.deposit()
         self.num_open += 1
@@ -83,38 +78,12 @@ class Lane:
         self.burst.arrived(request.weight, now_s)
         self.pump()
 
-    def _refusal(self, request: Request, now_s: float) -> TensorwayError | None:
-        spec = self.spec
-        if request.deadline_s <= now_s:
-            return DeadlineExceeded(f"the deadline of request {request.request_id!r} had passed on arrival", hop="orchestrator")
-        if request.rows > self.limits.max_rows and spec.signature.is_batchable and spec.batching.oversize == "refuse":
-            return _oversize(request, spec)
-        if not self._has_group() and now_s - self._groupless_since_s > self.group_wait_s:
-            return self._no_group()
-        if self.queue.num_rows + request.weight > spec.batching.max_queue_rows:
-            wait_s = max(0.05, self.queue.num_rows / self.limits.max_rows * self._step_s())
-            return Overloaded(
-                f"the queue of model {spec.model!r} is full: {self.queue.num_rows} of {spec.batching.max_queue_rows} rows wait",
-                retry_after_s=wait_s,
-            )
-        if self.held.total + request.num_bytes > self.held.limit and self.held.total:
-            return Overloaded(
-                f"this orchestrator holds {self.held.total} of {self.held.limit} tensor bytes; the request has {request.num_bytes}",
-                retry_after_s=max(0.05, self._step_s()),
-            )
-        return self._doomed(request, now_s)
+    def _load(self, now_s: float) -> LaneLoad:
+        is_given_up = not self._has_group() and now_s - self._groupless_since_s > self.group_wait_s
+        return LaneLoad(self.queue.num_rows, self.held, self._candidates(), is_given_up)
 
-    def _doomed(self, request: Request, now_s: float) -> TensorwayError | None:
-        """A request whose predicted finish is past its deadline is refused before it costs anything."""
-        spec = self.spec
-        candidates = [group.candidate() for group in self.groups.values() if group.can_take]
-        finish_s = predict_finish_s(candidates, self.queue.num_rows, request.weight, self.limits.max_rows, now_s)
-        if finish_s is not None and finish_s > request.deadline_s and self.queue.num_rows:
-            return DeadlineExceeded(
-                f"model {spec.model!r} would answer in {finish_s - now_s:.3f} s, the deadline is in {request.deadline_s - now_s:.3f} s",
-                hop="orchestrator", retry_after_s=max(0.05, finish_s - request.deadline_s),
-            )
-        return None
+    def _candidates(self) -> list[Candidate]:
+        return [group.candidate() for group in self.groups.values() if group.can_take]
 
     def pump(self) -> None:
         """Sends batches for as long as one may leave."""
@@ -189,10 +158,25 @@ class Lane:
         now_s = time.monotonic()
         if batch is not None:
             group.end(batch)
+        if isinstance(error, Overloaded):
+            self._come_back(group, requests, max(_MIN_REST_S, error.retry_after_s), now_s)
+            return
         self.metrics.lost()
         for request in requests:
             if request.is_open:
                 self._retry_or_fail(request, group, error, now_s)
+        self.pump()
+
+    def _come_back(self, group: Group, requests: Sequence[Request], rest_s: float, now_s: float) -> None:
+        """The leader's waiting line is full (another orchestrator's batches, or withdrawn ones it has not met yet). The requests wait here
+        again; that was no attempt of theirs."""
+        group.rests_until_s = now_s + rest_s
+        for request in requests:
+            if request.is_open:
+                request.num_attempts -= 1
+                request.on_abandon = None
+                self.queue.offer(request)
+        asyncio.get_running_loop().call_later(rest_s, self.pump)
         self.pump()
 
     def _send(self, group: Group, requests: list[Request], now_s: float) -> None:
@@ -217,9 +201,8 @@ class Lane:
             request.on_abandon = sink.abandoned
 
     def _choose(self, head: Request, now_s: float) -> Group | None:
-        candidates = [group.candidate() for group in self.groups.values() if group.can_take]
         rows = min(self.queue.num_rows, self.limits.max_rows)
-        chosen = choose(candidates, rows, frozenset(head.lost_groups), now_s, random.randrange)
+        chosen = choose(self._candidates(), rows, frozenset(head.lost_groups), now_s, random.randrange)
         return None if chosen is None else self.groups[chosen.id]
 
     def _retry_or_fail(self, request: Request, group: Group, error: TensorwayError, now_s: float) -> None:
@@ -282,25 +265,10 @@ class Lane:
         """No group has come back in time."""
         self._groupless_timer = None
         for request in self.queue.drain():
-            self._fail(request, self._no_group())
+            self._fail(request, no_group(self.spec))
 
     def _has_group(self) -> bool:
         return any(group.can_take for group in self.groups.values())
-
-    def _no_group(self) -> Unavailable:
-        return Unavailable(
-            f"no group serves model {self.spec.model!r} now; `tensorway models` says why", retry_after_s=1.0
-        )
-
-    def _step_s(self) -> float:
-        return max((group.step_times.predict_s(self.limits.max_rows) for group in self.groups.values()), default=0.0)
-
-
-def _oversize(request: Request, spec: RevisionSpec) -> TensorwayError:
-    return InvalidRequest(
-        f"the request has {request.rows} rows, model {spec.model!r} takes at most {spec.batching.max_rows}; send several requests",
-        field="inputs",
-    )
 
 
 @dataclass(slots=True, eq=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from tensorway.errors import TensorwayError
-
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -48,9 +46,6 @@ class LaneMetrics:
 
     def failed(self, code: str) -> None:
         self._requests.labels(self._model, code).inc()
-
-    def refused(self, error: TensorwayError) -> None:
-        self.failed(error.status.name)
 
     def batch(self, rows: int, step_s: float) -> None:
         self._batch_rows.observe(rows)

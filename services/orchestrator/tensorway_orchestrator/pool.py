@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -46,11 +47,13 @@ class Group:
     lead_s: float = _FIRST_LEAD_S
     in_flight: list[SentBatch] = field(default_factory=list)
     is_leaving: bool = False
+    #: The leader has refused a batch: nothing is sent before this instant.
+    rests_until_s: float = 0.0
     has_idled: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def can_take(self) -> bool:
-        return not self.is_leaving and self.link.is_connected
+        return not self.is_leaving and self.link.is_connected and time.monotonic() >= self.rests_until_s
 
     def begin(self, rows: int, now_s: float) -> SentBatch:
         batch = SentBatch(rows, now_s)

@@ -153,6 +153,23 @@ async def test_the_deadline_ends_a_request_wherever_it_is(bench: Bench) -> None:
     assert await bench.infer("after") == b"abc"
 
 
+async def test_a_leader_that_is_full_is_asked_again_and_that_is_no_attempt(bench: Bench) -> None:
+    refusals = 0
+
+    def refuse_then_echo(batch: Batch) -> None:
+        nonlocal refusals
+        refusals += 1
+        if refusals <= 5:
+            batch.exchange.fail(Overloaded("4 batches run or wait at this group", retry_after_s=0.01))
+        else:
+            batch.echo()
+
+    await bench.add_leader("g", on_batch=refuse_then_echo)
+    assert await bench.infer("r") == b"abc"
+    assert bench.last_reply.timing.num_attempts == 1
+    assert refusals == 6
+
+
 async def test_a_full_queue_says_so_and_when_to_come_back(tmp_path: Path) -> None:
     async with orchestrator_bench(tmp_path, replace(ECHO, batching=Batching(max_rows=8, max_queue_rows=64))) as bench:
         await overload(bench)
