@@ -237,6 +237,8 @@ def _show(value: Any) -> str:
         return "empty"
     if isinstance(value, BaseModel):
         return "see below"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 

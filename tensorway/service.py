@@ -68,6 +68,9 @@ class Service(Protocol):
     async def start(self, context: ServiceContext) -> None:
         """Adds handlers to `context.server` and starts its tasks. The server is bound after it returns."""
 
+    async def bound(self, endpoint: str) -> None:
+        """The server listens, and will be registered as `endpoint` next."""
+
     def registration(self, endpoint: str) -> Registration | None:
         """What to put into the registry once bound to `endpoint`."""
 
@@ -147,6 +150,7 @@ class _Lifecycle:
                 if settings.ops_listen != "off":
                     ops = OpsServer(settings.ops_listen, lambda: context.readiness, metrics)
                     await ops.start()
+                await service.bound(bound)
                 lease = await self._register(registry, bound, ops)
                 _LOG.info("serving", extra={"fields": {"endpoint": bound, "ops": ops.endpoint if ops else "off", "pid": os.getpid()}})
                 await self._stopping.wait()

@@ -71,9 +71,17 @@ def create_server(options: ServerOptions) -> Server:
 def create_link_client(
     endpoint: str, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, on_change: Callable[[], None] | None = None
 ) -> LinkClient:
-    """A link to the service at `endpoint`; it connects once its `run` runs. One payload may be `max_message_bytes` long. `on_change` is
-    called in the loop whenever `is_connected` may have changed; it must not raise."""
+    """A link to the service at `endpoint`; it connects once its `run` runs: over a local socket where the service is on this machine and
+    listens for one, otherwise over gRPC. One payload may be `max_message_bytes` long. `on_change` is called in the loop whenever
+    `is_connected` may have changed; it must not raise."""
     from tensorway.transport.aio_wire import AioWire
     from tensorway.transport.link_client import StreamLinkClient
+    from tensorway.transport.link_wire import Wire
+    from tensorway.transport.local_socket import connect_local
+    from tensorway.transport.local_wire import LocalWire
 
-    return StreamLinkClient(endpoint, max_message_bytes, AioWire, on_change)
+    def new_wire(endpoint: str, max_message_bytes: int) -> Wire:
+        connection = connect_local(endpoint)
+        return AioWire(endpoint, max_message_bytes) if connection is None else LocalWire(connection, endpoint, max_message_bytes)
+
+    return StreamLinkClient(endpoint, max_message_bytes, new_wire, on_change)

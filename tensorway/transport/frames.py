@@ -69,7 +69,7 @@ def message_prefix(num_bytes: int) -> bytes:
     return bytes(encoded)
 
 
-def decode_message(message: bytes) -> Iterator[Frame]:
+def decode_message(message: bytes | bytearray) -> Iterator[Frame]:
     """The frames of one gRPC message, in order. Raises InvalidRequest at the first byte that breaks the layout."""
     end = len(message)
     if not end:
@@ -92,10 +92,10 @@ def decode_message(message: bytes) -> Iterator[Frame]:
             raise _broken(f"a {FrameKind(kind).name.lower()} frame says that chunks follow")
         if value and kind not in (REQUEST, CREDIT):
             raise _broken(f"a {FrameKind(kind).name.lower()} frame carries the value {value}")
-        yield Frame(kind, flags == MORE, id, message[head_at:body_at], view[body_at:offset], value)
+        yield Frame(kind, flags == MORE, id, bytes(view[head_at:body_at]), view[body_at:offset], value)
 
 
-def _frames_offset(message: bytes) -> int:
+def _frames_offset(message: bytes | bytearray) -> int:
     """Where the frames of a message that is not empty start."""
     if message[0] != _FRAMES_TAG:
         raise _broken("the message is not an OpenRequest or OpenResponse")

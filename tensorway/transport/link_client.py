@@ -124,7 +124,7 @@ class StreamLinkClient:
         finally:
             self.cancel(id)
 
-    def on_message(self, message: bytes) -> None:
+    def on_message(self, message: bytes | bytearray) -> None:
         """Called by the wire. Raises InvalidRequest where the peer breaks the protocol."""
         if self._opening is not None:
             # The stream proved to be up: from here on it may live for as long as it can.

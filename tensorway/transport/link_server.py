@@ -17,6 +17,8 @@ from tensorway.transport.frames import CANCEL, CHUNK, ERROR, GOAWAY, REQUEST, Fr
 from tensorway.transport.link_exchange import LinkExchange
 from tensorway.transport.link_inbox import Inbox
 from tensorway.transport.link_outbox import Outbox, Progress
+from tensorway.transport.local_listener import LocalListener
+from tensorway.transport.local_socket import listen_local
 from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES, ExchangeHandler, Payload, Server, Stream
 
 _LOG = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class LinkServer:
         self._links: set[_AcceptedLink] = set()
         self._is_draining = False
         self._no_links = asyncio.Event()
+        self._local: LocalListener | None = None
 
     @property
     def num_open(self) -> int:
@@ -44,6 +47,23 @@ class LinkServer:
     def attach(self, server: Server) -> None:
         """Adds the link's one method to a server that has not started."""
         server.add_stream(OPEN, self._open)
+
+    async def listen_local(self, endpoint: str) -> bool:
+        """Also accepts links from this machine over a local socket named after `endpoint`, the one that peers dial. To be called before
+        they learn of it. Says whether it could; where not, links go over gRPC. Needs a later `close`."""
+        listener = listen_local(endpoint)
+        if listener is None:
+            _LOG.warning("no local socket for links to %s: they go over gRPC", endpoint)
+            return False
+        self._local = LocalListener(listener, self._open, self._max_message_bytes)
+        await self._local.start()
+        return True
+
+    async def close(self) -> None:
+        """Closes the local socket and its links at once; harmless to repeat. Links over gRPC end with their server."""
+        local, self._local = self._local, None
+        if local is not None:
+            await local.stop()
 
     async def drain(self, deadline: Deadline) -> int:
         """Tells every peer to send nothing new, lets open exchanges be answered, and ends their links. Returns the number of exchanges

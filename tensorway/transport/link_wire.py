@@ -20,7 +20,7 @@ KEEPALIVE_TIMEOUT_MS: Final = 3_000
 class WireEvents(Protocol):
     """What a wire tells its owner, in the loop."""
 
-    def on_message(self, message: bytes) -> None:
+    def on_message(self, message: bytes | bytearray) -> None:
         """The peer's next message. May raise InvalidRequest, which ends the wire."""
 
     def on_written(self) -> None:

@@ -51,6 +51,9 @@ class Gateway:
         context.tasks.create_task(catalog.run(), name="catalog")
         context.tasks.create_task(upstream.run(), name="orchestrators")
 
+    async def bound(self, endpoint: str) -> None:
+        """Nothing of its own: it accepts no links."""
+
     def registration(self, endpoint: str) -> Registration:
         return Registration(GATEWAY, "", endpoint)
 

@@ -38,6 +38,10 @@ class Orchestrator:
         context.tasks.create_task(dispatcher.follow_revisions(context.registry), name="revisions")
         context.tasks.create_task(self._pool.run(), name="groups")
 
+    async def bound(self, endpoint: str) -> None:
+        if self._settings.local_links and self._links is not None:
+            await self._links.listen_local(endpoint)
+
     def registration(self, endpoint: str) -> Registration:
         return Registration(ORCHESTRATOR, "", endpoint)
 
@@ -46,6 +50,8 @@ class Orchestrator:
             await self._links.drain(deadline)
 
     async def stop(self) -> None:
+        if self._links is not None:
+            await self._links.close()
         if self._dispatcher is not None:
             self._dispatcher.close()
 

@@ -40,6 +40,9 @@ class Node:
         self._keeping = context.tasks.create_task(self._keeper.run(), name="replicas")
         context.set_readiness(None)
 
+    async def bound(self, endpoint: str) -> None:
+        """Nothing of its own: it accepts no links."""
+
     def registration(self, endpoint: str) -> Registration:
         return Registration(NODE, "", endpoint)
 

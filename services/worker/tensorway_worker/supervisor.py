@@ -184,6 +184,7 @@ class GroupSupervisor:
             # A rank sees its one device only, by CUDA_VISIBLE_DEVICES.
             device="cpu" if device == "cpu" else "cuda:0", transport=settings.transport, max_message_bytes=settings.max_message_bytes,
             heartbeat_s=settings.heartbeat_s, grace_s=settings.grace_s, log_level=settings.log_level, log_format=settings.log_format,
+            local_links=settings.local_links,
         )
 
     def _show(self, state: str, detail: str = "", endpoint: str | None = None) -> None:

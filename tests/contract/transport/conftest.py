@@ -14,6 +14,8 @@ from tensorway.transport import AsyncChannel, create_server
 from tensorway.transport.port import Call, Server, ServerOptions, Stream, StreamHandler, UnaryHandler
 
 IMPLEMENTATIONS = ("completion-queue", "aio")
+#: Links over a local socket: the third way on which the link's suite runs.
+LOCAL = "local"
 UNARY = "/test.Service/Unary"
 STREAM = "/test.Service/Stream"
 TIMEOUT_S = 30.0
@@ -32,7 +34,9 @@ class Rig:
     """Starts servers and opens channels, and lets go of all of them at the end of the test."""
 
     def __init__(self, implementation: str, stack: AsyncExitStack) -> None:
-        self.implementation = implementation
+        #: Whether links take a local socket; the server beside it is then the default one.
+        self.is_local = implementation == LOCAL
+        self.implementation = IMPLEMENTATIONS[0] if self.is_local else implementation
         self._stack = stack
         self.servers: list[Server] = []
 
@@ -55,6 +59,10 @@ class Rig:
         self.servers.append(server)
         self._stack.push_async_callback(server.stop, 0.0)
         return bound
+
+    def at_end(self, close: Callable[[], Awaitable[object]]) -> None:
+        """Calls `close` when the test is over."""
+        self._stack.push_async_callback(close)
 
     def channel(self, endpoint: str) -> AsyncChannel:
         channel = AsyncChannel(endpoint)

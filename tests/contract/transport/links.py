@@ -25,7 +25,16 @@ class Peer:
         self.links = LinkServer(echo if echoes else self.exchanges.put_nowait, max_message_bytes)
 
     async def start(self, endpoint: str = "127.0.0.1:0") -> str:
-        return await self.rig.serve(endpoint=endpoint, max_message_bytes=LIMIT, prepare=self.links.attach)
+        bound = await self.rig.serve(endpoint=endpoint, max_message_bytes=LIMIT, prepare=self.links.attach)
+        if self.rig.is_local:
+            assert await self.links.listen_local(bound)
+            self.rig.at_end(self.links.close)
+        return bound
+
+    async def stop(self) -> None:
+        """Ends every link at once."""
+        await self.rig.servers[0].stop(0.0)
+        await self.links.close()
 
 
 def echo(exchange: Exchange) -> None:

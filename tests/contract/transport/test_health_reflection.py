@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,9 +24,12 @@ from .conftest import TIMEOUT_S, Rig, soon
 _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 
+GRPCURL = str(Path(sysconfig.get_path("scripts")) / "grpcurl")
+
+
 async def _grpcurl(*arguments: str) -> tuple[int, str]:
     process = await asyncio.create_subprocess_exec(
-        "grpcurl", "-plaintext", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        GRPCURL, "-plaintext", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     output, _ = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
     assert process.returncode is not None

@@ -14,8 +14,10 @@ from tensorway.transport import LinkServer, create_link_client
 from tensorway.transport.frames import CHUNK_BYTES
 from tensorway.transport.port import Exchange, LinkClient
 
-from .conftest import TIMEOUT_S, Rig, soon
+from .conftest import IMPLEMENTATIONS, LOCAL, TIMEOUT_S, Rig, soon
 from .links import Peer, Sink, in_time, joined, linked
+
+pytestmark = pytest.mark.parametrize("rig", [*IMPLEMENTATIONS, LOCAL], indirect=True)
 
 
 async def test_many_requests_of_many_sizes_come_back_equal(rig: Rig) -> None:
@@ -132,7 +134,7 @@ async def test_a_drain_that_runs_out_of_time_says_what_is_open(rig: Rig) -> None
         held = asyncio.ensure_future(link.call(b"held", (), in_time()))
         await asyncio.wait_for(peer.exchanges.get(), TIMEOUT_S)
         assert await peer.links.drain(Deadline.after(0.05)) == 1
-        await rig.servers[0].stop(0.0)
+        await peer.stop()
         with pytest.raises(Unavailable):
             await held
 
@@ -146,7 +148,7 @@ async def test_a_stopped_server_fails_what_is_in_flight_and_is_found_again(rig: 
             link.send(b"", (b"x",), in_time(), sink)
         cancelled = asyncio.Event()
         (await asyncio.wait_for(peer.exchanges.get(), TIMEOUT_S)).on_cancel(cancelled.set)
-        await rig.servers[0].stop(0.0)
+        await peer.stop()
         for sink in sinks:
             with pytest.raises(Unavailable, match="broke"):
                 await soon(sink.outcome)

@@ -13,8 +13,10 @@ from tensorway.transport.frames import CHUNK, CREDIT, HEADER, MORE, REQUEST, RES
 from tensorway.transport.link_server import MAX_WAITING_BYTES, OPEN
 from tensorway.transport.port import Exchange, LinkClient, Stream
 
-from .conftest import TIMEOUT_S, Rig
+from .conftest import IMPLEMENTATIONS, LOCAL, TIMEOUT_S, Rig
 from .links import LIMIT, Peer, in_time, joined, linked
+
+pytestmark = pytest.mark.parametrize("rig", [*IMPLEMENTATIONS, LOCAL], indirect=True)
 
 
 async def test_payloads_above_the_limit_are_refused_on_both_sides(rig: Rig) -> None:

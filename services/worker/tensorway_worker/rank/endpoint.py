@@ -60,6 +60,8 @@ class Endpoint:
         """Binds, registers and serves; returns what others dial. Raises Unavailable or FailedPrecondition."""
         launch = self._launch
         endpoint = dialable(await self._server.start(), launch.advertise_host)
+        if launch.local_links:
+            await self._links.listen_local(endpoint)
         metadata = {
             "model": launch.model,
             "revision": launch.revision,
@@ -85,6 +87,7 @@ class Endpoint:
     async def close(self) -> None:
         """Ends everything at once; harmless to repeat."""
         self._health.shutdown()
+        await self._links.close()
         await self._server.stop(0.0)
         self._leader.close()
         await self._registry.close()

@@ -58,6 +58,8 @@ class RankLaunch:
     grace_s: float
     log_level: str
     log_format: str
+    #: Whether the leader accepts links over a local socket, too.
+    local_links: bool = True
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
