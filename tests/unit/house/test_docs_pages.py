@@ -179,7 +179,7 @@ def test_the_classifier_of_the_models_page_does_what_the_page_says(tmp_path: Pat
     assert engine.padding == {"features": 0.0}
     with torch.inference_mode():
         scores = engine.run(engine.preprocess({"features": torch.ones(3, 4)}, {}))
-    assert engine.postprocess(scores, {"normalise": True})["scores"].sum(dim=1).tolist() == pytest.approx([1.0] * 3)
+    assert engine.postprocess(scores, {"normalise": True})["scores"].sum(1).tolist() == pytest.approx([1.0] * 3)
     with pytest.raises(InvalidInput, match="finite"):
         engine.preprocess({"features": torch.full((1, 4), float("nan"))}, {})
 
