@@ -56,6 +56,7 @@ check: install ## Lint, types, house rules, contract and generated stubs
 	$(BIN)/lint-imports
 	cd protos && ../$(BIN)/buf lint
 	$(BIN)/python tests/check_stubs.py $(BIN)/python
+	$(BIN)/python -m docs.generate --check
 
 format: install ## Sort imports and mend what ruff can
 	$(BIN)/ruff check --fix .

@@ -13,17 +13,21 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES
 
 ENV_PREFIX = "TENSORWAY_"
 
 
+def default_run_dir() -> Path:
+    """Where a mesh on this machine keeps its registry and logs: under the user's runtime directory, private and gone at reboot."""
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/tensorway-{os.getuid()}") / "tensorway"
+
+
 def default_registry() -> str:
-    """`directory:` under the user's runtime directory: private to the user, gone at reboot."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/tensorway-{os.getuid()}"
-    return f"directory:{runtime}/tensorway"
+    """The registry that every service and command on this machine meets in unless told otherwise."""
+    return f"directory:{default_run_dir() / 'registry'}"
 
 
 class ServiceSettings(BaseSettings):
@@ -86,6 +90,9 @@ def load_settings(settings: type[SettingsT], argv: list[str], prog: str) -> Sett
     WithFile.__doc__ = f"{settings.__doc__ or ''} Also: --config FILE (YAML with the same names, _ for -)."
     try:
         return WithFile(_cli_parse_args=argv, _cli_prog_name=prog)
+    except SettingsError as error:
+        print(f"{prog}: {error}; a list is written as JSON, e.g. [\"a\",\"b\"]", file=sys.stderr)
+        raise SystemExit(2) from None
     except ValidationError as error:
         for item in error.errors():
             name = ".".join(str(part) for part in item["loc"]) or "settings"

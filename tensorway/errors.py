@@ -64,11 +64,11 @@ class TensorwayError(Exception):
 
     @property
     def status(self) -> Status:
-        return STATUS_OF[type(self)].status
+        return _row(type(self)).status
 
     @property
     def is_retryable(self) -> bool:
-        return STATUS_OF[type(self)].is_retryable
+        return _row(type(self)).is_retryable
 
 
 class CallerError(TensorwayError):
@@ -158,6 +158,8 @@ class InternalError(ModelError):
 
 
 class ErrorStatus(NamedTuple):
+    """A row of the table: the gRPC status, and whether another attempt may help."""
+
     status: Status
     is_retryable: bool
 
@@ -180,6 +182,12 @@ STATUS_OF: Final[dict[type[TensorwayError], ErrorStatus]] = {
     ModelFailed: ErrorStatus(Status.INTERNAL, False),
     InternalError: ErrorStatus(Status.INTERNAL, False),
 }
+
+
+def _row(kind: type[TensorwayError]) -> ErrorStatus:
+    """The row of `kind`; a service's own refinement of an error has its parent's."""
+    return next(STATUS_OF[parent] for parent in kind.__mro__ if parent in STATUS_OF)
+
 
 ERROR_OF_REASON: Final[dict[str, type[TensorwayError]]] = {
     error.reason: error for error in STATUS_OF if error.reason != TensorwayError.reason

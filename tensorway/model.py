@@ -121,7 +121,10 @@ class Model:
         return inputs
 
     def postprocess(self, outputs: Outputs, parameters: Parameters) -> Outputs:
-        """Turns one request's slice of the outputs into what the signature declares. Raise InvalidInput to refuse the request."""
+        """Turns one request's slice of the outputs into what the signature declares. Raise InvalidInput to refuse the request.
+
+        A plain value (bool, int, float or str) in what it returns becomes a parameter of the response.
+        """
         return outputs
 
     def example(self, rows: int) -> Inputs | None:
@@ -131,6 +134,6 @@ class Model:
     def stages(self) -> Sequence[Any]:
         """The model as consecutive `torch.nn.Module`s, each taking what the one before returns: how it may be cut into pipeline stages.
 
-        A group with `parallel.pipeline` > 1 spreads them over its ranks. A model without stages runs whole.
+        Nothing cuts a model yet: a node refuses `parallel` above 1 x 1.
         """
         return ()

@@ -11,10 +11,12 @@ _ADAPTER: TypeAdapter[RevisionSpec] = TypeAdapter(RevisionSpec)
 
 
 def revision_key(model: str, revision: str) -> str:
+    """Key of a revision's document."""
     return f"{REVISIONS}{model}/{revision}"
 
 
 def encode_revision(spec: RevisionSpec) -> bytes:
+    """The document of a revision."""
     return _ADAPTER.dump_json(spec)
 
 

@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 
 from tensorway.config import ServiceSettings
 from tensorway.deadline import Deadline
+from tensorway.endpoints import dialable
 from tensorway.errors import TensorwayError
 from tensorway.registry import open_registry
 from tensorway.registry.port import Lease, Registration, Registry
@@ -89,18 +90,6 @@ def run_service(service: Service, settings: ServiceSettings) -> int:
         return uvloop.run(_Lifecycle(service, settings, instance).run())
     except KeyboardInterrupt:
         return _EXIT_SECOND_SIGNAL
-
-
-def dialable(endpoint: str, advertise_host: str) -> str:
-    """The endpoint that others dial for one that is bound here: a wildcard host becomes this machine's name."""
-    if endpoint.startswith("unix:"):
-        return endpoint
-    host, _, port = endpoint.rpartition(":")
-    if advertise_host:
-        host = advertise_host
-    elif host in ("0.0.0.0", "[::]", "::", "*"):
-        host = socket.gethostname()
-    return f"{host}:{port}"
 
 
 @dataclass(slots=True)

@@ -56,7 +56,7 @@ def doctor(
     from rich.table import Table
     from rich.text import Text
 
-    findings = [*check_installation(), *asyncio.run(check_mesh(registry or f"{default_registry()}/registry", endpoint))]
+    findings = [*check_installation(), *asyncio.run(check_mesh(registry or default_registry(), endpoint))]
     table = Table()
     for column in ("", "what", "finding", "what to do"):
         table.add_column(column, overflow="fold")

@@ -36,7 +36,7 @@ def infer(
 
     Numbers:    `tensorway infer identity --input 'input=[[1, 2, 3]]'`
 
-    An array:   `tensorway infer silero-vad --input audio=@audio.npy --output probability`
+    An array:   `tensorway infer silero-vad --input audio=@audio.npy --output speech_probability`
     """
     from tensorway.client import Client
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from tensorway.cli.fetching import fetch_with_progress
 from tensorway.cli.local_mesh import LocalMesh, MemberPlan, flags_of
-from tensorway.config import default_registry
+from tensorway.config import default_run_dir
 from tensorway.errors import FailedPrecondition, TensorwayError, Unavailable
 from tensorway.model_directory import ModelDirectory, find_directories
 from tensorway.registry import open_registry
@@ -32,6 +32,8 @@ _STATE_WORDS: Final = {"starting": "starting", "loading": "loading", "warming": 
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
+    """The command's arguments and options."""
+
     models_dir: str
     models: tuple[str, ...]
     listen: str
@@ -58,7 +60,7 @@ async def _up(options: UpOptions, console: Console) -> int:
     _check_port_free(options.listen, "--listen")
     _check_port_free(options.ops_listen, "--ops-listen")
     fetch_with_progress(directories, console)
-    run_dir = Path(options.run_dir or default_registry().partition(":")[2]).absolute()
+    run_dir = Path(options.run_dir or default_run_dir()).absolute()
     registry_url = f"directory:{run_dir / 'registry'}"
     await _refuse_second_mesh(registry_url)
     stop = asyncio.Event()

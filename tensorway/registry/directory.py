@@ -113,8 +113,14 @@ class DirectoryRegistry:
         try:
             # Whoever may write here may claim to be part of the mesh: private to the user.
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            state = self._root.stat()
         except OSError as error:
             raise Unavailable(f"registry directory {folder} cannot be made: {error}", field="registry") from error
+        if state.st_uid != os.getuid() or state.st_mode & 0o022:
+            raise FailedPrecondition(
+                f"registry directory {self._root} can be written by others (owner {state.st_uid}, mode {state.st_mode & 0o777:o}): "
+                "whoever can write there can pose as a part of the mesh; use a directory of your own with mode 0700", field="registry",
+            )
         return folder
 
     async def _acquire(self, path: Path, content: bytes) -> _DirectoryLease | None:

@@ -69,11 +69,15 @@ def create_server(options: ServerOptions) -> Server:
 
 
 def create_link_client(
-    endpoint: str, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, on_change: Callable[[], None] | None = None
+    endpoint: str,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    on_change: Callable[[], None] | None = None,
+    *,
+    may_be_local: bool = True,
 ) -> LinkClient:
-    """A link to the service at `endpoint`; it connects once its `run` runs: over a local socket where the service is on this machine and
-    listens for one, otherwise over gRPC. One payload may be `max_message_bytes` long. `on_change` is called in the loop whenever
-    `is_connected` may have changed; it must not raise."""
+    """A link to the service at `endpoint`; it connects once its `run` runs: over a local socket where that is allowed and the service is on
+    this machine and listens for one, otherwise over gRPC. One payload may be `max_message_bytes` long. `on_change` is called in the loop
+    whenever `is_connected` may have changed; it must not raise."""
     from tensorway.transport.aio_wire import AioWire
     from tensorway.transport.link_client import StreamLinkClient
     from tensorway.transport.link_wire import Wire
@@ -81,7 +85,7 @@ def create_link_client(
     from tensorway.transport.local_wire import LocalWire
 
     def new_wire(endpoint: str, max_message_bytes: int) -> Wire:
-        connection = connect_local(endpoint)
+        connection = connect_local(endpoint) if may_be_local else None
         return AioWire(endpoint, max_message_bytes) if connection is None else LocalWire(connection, endpoint, max_message_bytes)
 
     return StreamLinkClient(endpoint, max_message_bytes, new_wire, on_change)

@@ -35,7 +35,7 @@ class Gateway:
         self._context = context
         catalog = self._catalog = Catalog(context.registry, self._changed)
         upstream = self._upstream = Upstream(
-            context.registry, settings.max_message_bytes, settings.orchestrator_wait_s, self._changed
+            context.registry, settings.max_message_bytes, settings.orchestrator_wait_s, self._changed, settings.local_links
         )
         admission = Admission(Limits(settings.max_in_flight_requests, settings.max_in_flight_bytes, settings.max_timeout_s))
         statistics = Statistics()

@@ -122,6 +122,7 @@ class StatisticsCollector(Collector):
         registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
+        """The metrics as they are now; called for each scrape."""
         requests = CounterMetricFamily("tensorway_gateway_requests", "Requests answered.", labels=("model", "status"))
         received = CounterMetricFamily("tensorway_gateway_received_bytes", "Tensor bytes received.", labels=("model",))
         durations = HistogramMetricFamily(

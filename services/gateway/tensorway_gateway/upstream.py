@@ -72,11 +72,14 @@ class Attempt:
 class Upstream:
     """All orchestrators. `on_change` is called in the loop when one connects, breaks, comes or goes."""
 
-    def __init__(self, registry: Registry, max_message_bytes: int, wait_s: float, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, registry: Registry, max_message_bytes: int, wait_s: float, on_change: Callable[[], None], local_links: bool = True
+    ) -> None:
         self._registry = registry
         self._max_message_bytes = max_message_bytes
         self._wait_s = wait_s
         self._on_change = on_change
+        self._local_links = local_links
         self._orchestrators: dict[str, Orchestrator] = {}
         self._stops: dict[str, asyncio.Event] = {}
         #: Model -> preference; forgotten whenever the orchestrators change.
@@ -162,7 +165,7 @@ class Upstream:
 
     async def _keep(self, name: str, registration: Registration, stop: asyncio.Event) -> None:
         """One orchestrator from its registration to its end. A draining one first answers what it was sent."""
-        link = create_link_client(registration.endpoint, self._max_message_bytes, on_change=self._changed)
+        link = create_link_client(registration.endpoint, self._max_message_bytes, self._changed, may_be_local=self._local_links)
         orchestrator = Orchestrator(name, link)
         orchestrator.has_idled.set()
         self._orchestrators[name] = orchestrator

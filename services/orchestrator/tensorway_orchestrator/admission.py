@@ -65,6 +65,7 @@ def refusal(request: Request, spec: RevisionSpec, limits: BatchLimits, load: Lan
 
 
 def no_group(spec: RevisionSpec) -> Unavailable:
+    """What requests are told while no group of their model lives."""
     return Unavailable(f"no group serves model {spec.model!r} now; `tensorway models` says why", retry_after_s=1.0)
 
 

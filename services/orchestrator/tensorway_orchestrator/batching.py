@@ -3,7 +3,7 @@
 Work-conserving: if a group is idle, what is there goes now. While a group runs one batch, the next is held back for as long as the measured
 step time allows, so that it can still grow, and leaves early once it is full. `max_delay_ms` above 0 is the author's wish to wait.
 
-One exception (docs/decisions): answers bring requests. Callers that wait for an answer before they send again come back in a burst
+One exception (docs/decisions/0005): answers bring requests. Callers that wait for an answer before they send again come back in a burst
 just after a batch was answered; a batch that leaves a moment before them makes them wait for a whole step, and is small. Where the
 measured step times say that more rows a second come of waiting for them (a few per cent of a step, at most), the batch waits.
 """

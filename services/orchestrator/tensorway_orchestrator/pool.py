@@ -95,10 +95,11 @@ GroupListener = Callable[[Group, bool], None]
 class GroupPool:
     """Keeps one link to every registered group. `on_change(group, is_gone)` is called in the loop."""
 
-    def __init__(self, registry: Registry, max_message_bytes: int, on_change: GroupListener) -> None:
+    def __init__(self, registry: Registry, max_message_bytes: int, on_change: GroupListener, local_links: bool = True) -> None:
         self._registry = registry
         self._max_message_bytes = max_message_bytes
         self._on_change = on_change
+        self._local_links = local_links
         self._groups: dict[str, Group] = {}
         self._stops: dict[str, asyncio.Event] = {}
 
@@ -123,7 +124,7 @@ class GroupPool:
         def notice() -> None:
             self._on_change(group, False)
 
-        link = create_link_client(registration.endpoint, self._max_message_bytes, on_change=notice)
+        link = create_link_client(registration.endpoint, self._max_message_bytes, notice, may_be_local=self._local_links)
         metadata = registration.metadata
         group = Group(identity, registration.id, metadata["model"], metadata["revision"], int(metadata["epoch"]), link)
         group.has_idled.set()

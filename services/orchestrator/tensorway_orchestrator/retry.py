@@ -13,6 +13,8 @@ from tensorway.errors import TensorwayError
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
+    """How often a request is tried, and how much of the load retries may be."""
+
     max_attempts: int = 3
     #: Retries allowed per request seen.
     budget_share: float = 0.2

@@ -32,7 +32,7 @@ class Orchestrator:
         self._links = LinkServer(dispatcher.on_exchange, self._settings.max_message_bytes)
         self._links.attach(context.server)
         InferenceServicer(dispatcher).attach(context.server)
-        self._pool = GroupPool(context.registry, self._settings.max_message_bytes, self._group_changed)
+        self._pool = GroupPool(context.registry, self._settings.max_message_bytes, self._group_changed, self._settings.local_links)
         context.set_readiness("no live worker group is connected")
         context.tasks.create_task(dispatcher.follow_desired(context.registry), name="desired state")
         context.tasks.create_task(dispatcher.follow_revisions(context.registry), name="revisions")

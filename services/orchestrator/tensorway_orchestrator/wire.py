@@ -95,6 +95,7 @@ def read_batch_reply(head: bytes, payload: Payload, num_requests: int) -> BatchR
 
 
 def write_reply(response: bytes, revision: str, timing: link_pb2.Timing) -> bytes:
+    """Head of the answer to a gateway; `response` is the leader's own, unread."""
     return link_pb2.ReplyHead(response=response, revision=revision, timing=timing).SerializeToString()
 
 

@@ -13,6 +13,7 @@ from tensorway.model_directory import ModelDirectory, find_directories
 from tensorway.registry.port import DESIRED, NODE, Registration, Registry
 from tensorway.revisions import encode_revision, revision_key
 from tensorway.service import ServiceContext
+from tensorway_worker.devices import cuda_devices
 from tensorway_worker.replicas import ReplicaKeeper
 from tensorway_worker.servicer import NodeServicer
 from tensorway_worker.settings import NodeSettings
@@ -68,6 +69,16 @@ def offered_directories(settings: NodeSettings) -> tuple[ModelDirectory, ...]:
         directories = tuple(directory for directory in directories if directory.yaml.name in settings.models)
     if not directories:
         raise FailedPrecondition(f"{models_dir}: holds no model directory (one with a model.yaml)")
+    if not cuda_devices() and (on_cuda := [directory.yaml.name for directory in directories if directory.yaml.device == "cuda"]):
+        raise FailedPrecondition(
+            f"model {', '.join(on_cuda)} wants `device: cuda` and this node has no CUDA device; "
+            "leave it out with --models, or say `device: auto`"
+        )
+    cut = [directory.yaml.name for directory in directories if directory.yaml.parallel.pipeline * directory.yaml.parallel.tensor > 1]
+    if cut:
+        raise FailedPrecondition(
+            f"model {', '.join(cut)} asks for `parallel` above 1 x 1: a model cannot be cut over several ranks yet; leave `parallel` out"
+        )
     for directory in directories:
         missing = directory.missing_files()
         if missing:

@@ -7,10 +7,10 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from tensorway.model_directory import ModelDirectory
 from tensorway.registry.port import DESIRED, GROUP, NODE, NODES, Lease, Registration, Registry
+from tensorway_worker.devices import cuda_devices
 from tensorway_worker.placement import Desired, Replica, replicas_to_claim, replicas_to_stop
 from tensorway_worker.settings import NodeSettings
 from tensorway_worker.supervisor import GroupReport, GroupSupervisor
@@ -52,7 +52,7 @@ class ReplicaKeeper:
         self._report_changed = asyncio.Event()
         self._running: dict[str, _Running] = {}
         self._may_double = False
-        self._devices = tuple(f"cuda:{path.name.removeprefix('nvidia')}" for path in sorted(Path("/dev").glob("nvidia[0-9]*")))
+        self._devices = cuda_devices()
 
     def reports(self) -> tuple[GroupReport, ...]:
         return tuple(running.supervisor.report for running in self._running.values())

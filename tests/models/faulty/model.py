@@ -1,5 +1,5 @@
 """Orders: 1 refuse in preprocess, 2 refuse in forward, 3 raise in forward, 4 run out of memory, 5 refuse in postprocess, 6 raise in
-preprocess, 7 another dtype, 8 raise in postprocess, 9 too few rows; anything else is answered with its negative."""
+preprocess, 7 another dtype, 8 raise in postprocess, 9 too few rows, 10 parameters too; anything else is answered with its negative."""
 
 import torch
 
@@ -39,4 +39,6 @@ class Faulty(Model):
             raise InvalidInput("order 5 is refused at the end")
         if (outputs["result"] == -8).any():
             raise RuntimeError("order 8")
+        if (outputs["result"] == -10).any():
+            return {**outputs, "note": "ten", "is_ten": True, "count": 10, "share": 0.5}
         return outputs

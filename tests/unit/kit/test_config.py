@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tensorway.config import ServiceSettings, load_settings
-from tensorway.service import dialable
+from tensorway.endpoints import dialable
 from tensorway_gateway.settings import GatewaySettings
 from tensorway_orchestrator.settings import OrchestratorSettings
 from tensorway_worker.settings import NodeSettings
@@ -59,6 +59,14 @@ def test_a_missing_file_and_an_unknown_flag(capsys: pytest.CaptureFixture[str]) 
             load_settings(ServiceSettings, arguments, "tensorway test")
         assert stopped.value.code == 2
     assert "no-such-flag" in capsys.readouterr().err
+
+
+def test_a_list_that_is_no_json_is_one_clear_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORWAY_MODELS", "minilm")
+    with pytest.raises(SystemExit) as stopped:
+        load_settings(NodeSettings, [], "tensorway worker")
+    assert stopped.value.code == 2
+    assert "models" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

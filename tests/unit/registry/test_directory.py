@@ -164,6 +164,14 @@ async def test_bad_places_and_values_are_one_clear_error(tmp_path: Path, registr
         await registry.write("k", b"x" * (600 * 1024))
 
 
+async def test_a_directory_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(FailedPrecondition, match="can be written by others"):
+        await DirectoryRegistry(shared).register(Registration("node", "n", "a:1"))
+
+
 async def test_a_watch_leaves_no_descriptor_behind(registry: DirectoryRegistry) -> None:
     await registry.register(Registration("node", "n", "a:1"))
     before = len(os.listdir("/proc/self/fd"))

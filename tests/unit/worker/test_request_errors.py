@@ -10,7 +10,9 @@ from worker_wire import TEST_MODELS, InProcess, Sent, answered, as_torch, tensor
 
 from tensorway.errors import DeadlineExceeded, InvalidRequest, ModelFailed, TensorwayError
 from tensorway.tensors import DataType, Tensor
+from tensorway.v1 import link_pb2
 from tensorway_worker.rank.batch import Request
+from tensorway_worker.rank.codec import Times
 
 
 @pytest.fixture
@@ -117,3 +119,17 @@ def test_wrong_outputs_name_the_output(guilty: int, words: str) -> None:
     outcomes = rank.batch([order(guilty), order(10)])
     assert [type(one) for one in outcomes] == [ModelFailed, ModelFailed]
     assert words in str(outcomes[0])
+
+
+def test_plain_values_of_postprocess_become_parameters_of_that_response(faulty: InProcess) -> None:
+    batch = faulty.codec.read_batch(*write_batch([order(10), order(11)]))
+    staged = faulty.runner.stage(batch.requests)
+    with torch.inference_mode():
+        faulty.runner.run(staged)
+    head, _ = faulty.codec.write_reply(faulty.runner.finish(staged), Times(1, 2, 3))
+    ten, other = (link_pb2.ResponseHead.FromString(result.response) for result in link_pb2.BatchReplyHead.FromString(head).results)
+    assert {name: getattr(value, value.WhichOneof("value")) for name, value in ten.parameters.items()} == {
+        "note": "ten", "is_ten": True, "count": 10, "share": 0.5,
+    }
+    assert [output.name for output in ten.outputs] == ["result"]
+    assert not other.parameters

@@ -1,0 +1,1 @@
+"""A rank: the process that holds a model, or a part of it."""

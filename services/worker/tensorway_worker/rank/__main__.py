@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
-from tensorway_worker.rank.node_pipe import die_with_node, read_launch
+from tensorway.process import die_with_parent
+from tensorway_worker.rank.node_pipe import read_launch
 
 
 def main() -> int:
     """Runs the rank; returns its exit status."""
-    # Before anything slow: from here on the rank cannot outlive its node.
-    die_with_node()
+    # Before anything slow: a rank must never outlive its node with a device in its hands.
+    die_with_parent(signal.SIGKILL)
     launch = read_launch(sys.stdin.fileno())
     from tensorway.telemetry.logs import configure_logs
 

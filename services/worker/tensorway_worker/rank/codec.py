@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -24,6 +24,7 @@ _MAX_CACHED: Final = 2048
 _MAX_DEADLINE_S: Final = 3600.0
 
 CheckRequest = Callable[[Request], None]
+_MessageT = TypeVar("_MessageT", link_pb2.ResponseHead, inference_pb2.InferResponse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,10 @@ class Codec:
             if isinstance(result, Answer):
                 heads = result.heads
                 num_bytes = heads[0][3] if len(heads) == 1 else sum([head[3] for head in heads])
-                add(response=self._response(heads), body_bytes=num_bytes)
+                response = self._response(heads)
+                if result.parameters:
+                    response += _with_parameters(link_pb2.ResponseHead(), result.parameters).SerializeToString()
+                add(response=response, body_bytes=num_bytes)
                 payload += result.payload
             else:
                 add(error=_detail(result))
@@ -157,11 +161,27 @@ class Codec:
             for (name, dtype, shape, _), data in zip(answer.heads, answer.payload, strict=True)
         ]
         response = inference_pb2.InferResponse(model=self._model, revision=self._revision, request_id=request_id, outputs=outputs)
-        return response.SerializeToString()
+        return _with_parameters(response, answer.parameters).SerializeToString()
 
 
 def _parameters(message: object) -> Parameters:
     return {name: getattr(value, value.WhichOneof("value") or "string_value") for name, value in message.items()}  # type: ignore[attr-defined]
+
+
+def _with_parameters(message: _MessageT, values: Parameters) -> _MessageT:
+    """Adds plain values to a message's `parameters`. Messages of one type may be joined by their bytes, so this can come later."""
+    for name, value in values.items():
+        parameter = message.parameters[name]
+        # bool first: it is an int too.
+        if isinstance(value, bool):
+            parameter.bool_value = value
+        elif isinstance(value, int):
+            parameter.int64_value = value
+        elif isinstance(value, float):
+            parameter.double_value = value
+        else:
+            parameter.string_value = value
+    return message
 
 
 def _detail(error: TensorwayError) -> link_pb2.ErrorDetail:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 from typing import Final
 
 from tensorway.deadline import Deadline
+from tensorway.endpoints import dialable
 from tensorway.registry import open_registry
 from tensorway.registry.port import GROUP, Lease, Registration
 from tensorway.signature import RevisionSpec
@@ -27,7 +27,6 @@ _LOG = logging.getLogger(__name__)
 INFERENCE_SERVICE: Final = "tensorway.v1.InferenceService"
 LINK_SERVICE: Final = "tensorway.v1.LinkService"
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
-_WILDCARDS: Final = ("0.0.0.0", "[::]", "::", "*")
 
 
 class Endpoint:
@@ -95,15 +94,3 @@ class Endpoint:
     def _show_health(self, serving: bool) -> None:
         for name in ("", INFERENCE_SERVICE, LINK_SERVICE):
             self._health.set(name, serving)
-
-
-def dialable(endpoint: str, advertise_host: str) -> str:
-    """The endpoint that others dial: `advertise_host` where one is given, this machine's name for a wildcard."""
-    if endpoint.startswith("unix:"):
-        return endpoint
-    host, _, port = endpoint.rpartition(":")
-    if advertise_host:
-        host = advertise_host
-    elif host in _WILDCARDS:
-        host = socket.gethostname()
-    return f"{host}:{port}"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
-import signal
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -15,17 +13,8 @@ from tensorway_worker.rank.launch import STATUS_FD_VARIABLE, RankLaunch, RankSta
 
 _LOG = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG: Final = 1
 _MAX_LAUNCH_BYTES: Final = 1 << 20
 _READ_BYTES: Final = 4096
-
-
-def die_with_node() -> None:
-    """Has the kernel kill this process the moment its parent dies: a rank must never outlive its node with a device in its hands."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0):
-        number = ctypes.get_errno()
-        raise OSError(number, f"prctl(PR_SET_PDEATHSIG): {os.strerror(number)}")
 
 
 def read_launch(descriptor: int) -> RankLaunch:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final, NamedTuple, cast
 
 import torch
 
 from tensorway.errors import InvalidRequest, ModelFailed
-from tensorway.model import Outputs, Value
+from tensorway.model import Outputs, Parameter, Value
 from tensorway.signature import Signature, TensorSpec
 from tensorway.tensors import Buffer, DataType
 from tensorway_worker.rank.batch import Prepared, Request, longest
@@ -19,11 +20,17 @@ from tensorway_worker.rank.received import DATA_TYPE_OF, bytes_of
 OutputHead = tuple[str, DataType, tuple[int, ...], int]
 
 
+#: What postprocess may return beside tensors: it becomes a parameter of the response.
+_PLAIN: Final = (bool, int, float, str)
+
+
 class Answer(NamedTuple):
     """One request's outputs, in the order in which it wants them."""
 
     heads: tuple[OutputHead, ...]
     payload: tuple[Buffer, ...]
+    #: Plain values that postprocess returned beside the outputs.
+    parameters: Mapping[str, bool | int | float | str] = MappingProxyType({})
 
 
 class OutputRules:
@@ -108,7 +115,9 @@ class OutputRules:
             except InvalidRequest as error:
                 raise ModelFailed(error.message) from error
             pieces.append(_piece(spec, value))
-        return _answer(pieces)
+        returned = cast(dict[str, object], outputs)
+        plain: dict[str, Parameter] = {name: value for name, value in returned.items() if isinstance(value, _PLAIN)}
+        return _answer(pieces)._replace(parameters=plain) if plain else _answer(pieces)
 
 
 def cut_rows(outputs: Outputs, step: Sequence[Prepared]) -> list[Outputs]:
