@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ from tensorway.errors import Unavailable
 from tensorway.transport import create_link_client
 from tensorway.transport.port import LinkClient
 
-from .conftest import IMPLEMENTATIONS, TIMEOUT_S, soon
+from .conftest import IMPLEMENTATIONS, LOCAL, TIMEOUT_S, soon
 
 _SERVER = """
 import asyncio, sys
@@ -24,16 +25,21 @@ from tensorway.transport import LinkServer, create_server
 from tensorway.transport.port import ServerOptions
 
 async def main():
-    server = create_server(ServerOptions(sys.argv[1], sys.argv[2]))
-    LinkServer(lambda exchange: exchange.reply(b"pong", ()) if exchange.head == b"ping" else None).attach(server)
-    print(await server.start(), flush=True)
+    is_local = sys.argv[2] == "local"
+    server = create_server(ServerOptions(sys.argv[1], "completion-queue" if is_local else sys.argv[2]))
+    links = LinkServer(lambda exchange: exchange.reply(b"pong", ()) if exchange.head == b"ping" else None)
+    links.attach(server)
+    bound = await server.start()
+    if is_local and not await links.listen_local(bound):
+        raise SystemExit("no local socket")
+    print(bound, flush=True)
     await asyncio.Event().wait()
 
 asyncio.run(main())
 """
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=[*IMPLEMENTATIONS, LOCAL])
 def implementation(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -89,6 +95,22 @@ async def test_a_killed_peer_fails_what_is_in_flight_and_is_found_again(endpoint
             async with process(endpoint, implementation) as peer:
                 await link.wait_connected(Deadline.after(TIMEOUT_S))
                 await _fails(link, signal.SIGKILL, peer)
+
+
+async def test_a_link_that_may_not_be_local_is_not(endpoint: str) -> None:
+    """Both ways lead to the same service; which one was taken shows in the process's sockets."""
+    async with process(endpoint, LOCAL) as peer:
+        for may_be_local in (True, False):
+            client = create_link_client(endpoint, may_be_local=may_be_local)
+            running = asyncio.ensure_future(client.run())
+            await client.wait_connected(Deadline.after(TIMEOUT_S))
+            assert (await client.call(b"ping", (), Deadline.after(TIMEOUT_S))).head == b"pong"
+            listed = await asyncio.to_thread(Path(f"/proc/{peer.pid}/net/unix").read_text)
+            # One line is the listening socket, another one each accepted connection.
+            assert listed.count(f"@tensorway/link/{endpoint}") == (2 if may_be_local else 1)
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
 
 
 async def test_a_peer_that_falls_silent_is_noticed(endpoint: str, implementation: str) -> None:
