@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tensorway.process import RANK_MALLOC_SETTINGS
+from tensorway.process import MALLOC_SETTINGS
 
 ROOT = Path(__file__).parent.parent
 SIZES = (1, 8, 16, 32)
@@ -26,7 +26,7 @@ def main() -> None:
     lines = ["# malloc settings of a rank", "", "Rows per second of the bare model, by batch size; `python -m benchmarks.malloc`.", ""]
     lines += ["| model | settings | " + " | ".join(map(str, SIZES)) + " |", "| --- | --- |" + " ---: |" * len(SIZES)]
     for model in ("resnet50", "minilm-ids"):
-        for name, settings in (("glibc's own", {}), ("a rank's", dict(RANK_MALLOC_SETTINGS))) * 2:
+        for name, settings in (("glibc's own", {}), ("a rank's", dict(MALLOC_SETTINGS))) * 2:
             found = rates(model, settings)
             lines.append(f"| {model} | {name} | " + " | ".join(f"{found[str(size)]:.1f}" for size in SIZES) + " |")
             print(lines[-1], flush=True)

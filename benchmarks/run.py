@@ -24,7 +24,7 @@ from benchmarks.cpu import CpuClock
 from benchmarks.h2load import INFER, Load, LoadFailed, Measured, drive
 from benchmarks.workloads import Workload
 from tensorway.cli.local_mesh import LocalMesh, MemberPlan, flags_of
-from tensorway.process import RANK_MALLOC_SETTINGS
+from tensorway.process import MALLOC_SETTINGS
 from tensorway.registry.directory import DirectoryRegistry
 from tensorway.registry.port import GATEWAY, GROUP, NODE, ORCHESTRATOR
 from tensorway.transport import AsyncChannel
@@ -107,7 +107,7 @@ def bare_rate(model: str, sizes: tuple[int, ...], quick: bool) -> dict[int, floa
     seconds = "1" if quick else "6"
     command = [sys.executable, "-m", "benchmarks.bare", str(ROOT / "models" / model), str(os.cpu_count() or 1), seconds, *map(str, sizes)]
     # The memory settings that a rank gets: without them the bare model is up to 1.6 times slower at large batches.
-    environment = {**os.environ, **RANK_MALLOC_SETTINGS, "OMP_NUM_THREADS": str(os.cpu_count() or 1), "GOMP_SPINCOUNT": "10000"}
+    environment = {**os.environ, **MALLOC_SETTINGS, "OMP_NUM_THREADS": str(os.cpu_count() or 1), "GOMP_SPINCOUNT": "10000"}
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment).stdout
     rates = {int(size): rate for size, rate in json.loads(output.splitlines()[-1]).items()}
     print(f"bare {model}: " + ", ".join(f"{size}: {rate:.1f} rows/s" for size, rate in rates.items()), flush=True)

@@ -22,7 +22,7 @@ from pydantic_core import PydanticUndefined
 from tensorway.config import ServiceSettings, default_registry
 from tensorway.errors import STATUS_OF, TensorwayError
 from tensorway.model_directory import ModelYaml
-from tensorway.process import MALLOC_SETTINGS, RANK_MALLOC_SETTINGS
+from tensorway.process import MALLOC_SETTINGS
 from tensorway.tensors import ITEM_SIZE, DataType
 from tensorway.v1 import tensor_pb2
 from tensorway_gateway.settings import GatewaySettings
@@ -129,9 +129,9 @@ def metrics() -> Iterator[str]:
 
 def malloc_settings() -> Iterator[str]:
     """A table of glibc's variables as services and ranks get them."""
-    yield from ("| variable | services | ranks |", "| --- | ---: | ---: |")
+    yield from ("| variable | value |", "| --- | ---: |")
     for name in MALLOC_SETTINGS:
-        yield f"| `{name}` | {MALLOC_SETTINGS[name]} | {RANK_MALLOC_SETTINGS[name]} |"
+        yield f"| `{name}` | {MALLOC_SETTINGS[name]} |"
 
 
 #: Name of a part -> the lines that belong there.

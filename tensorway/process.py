@@ -8,19 +8,10 @@ import signal
 from collections.abc import Mapping
 from typing import Final
 
-#: glibc malloc: large blocks stay mapped between requests (otherwise page faults dominate big tensors; measured 2 to 3.5 times for unary
-#: messages of 1 MiB and more), and two arenas keep resident memory in bounds. Read by libc at process start, so they go into the
-#: environment of a new process.
+#: glibc malloc, read by libc when a process starts, hence the environment. Large blocks stay mapped between requests: otherwise page faults
+#: dominate big tensors. One arena: a thread's own cannot hold blocks of 64 MiB (glibc maps each anew, and every use of it faults page by
+#: page), and activations are that large; with it ResNet-50 runs 32 rows 1.7 times faster (benchmarks/malloc.md).
 MALLOC_SETTINGS: Final[Mapping[str, str]] = {
-    "MALLOC_ARENA_MAX": "2",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-    "MALLOC_TOP_PAD_": str(16 << 20),
-}
-
-#: For a rank: one arena. A thread's own arena cannot hold blocks of 64 MiB (glibc maps each anew, and every use of it faults page by page),
-#: and activations are that large: with it ResNet-50 runs 32 rows 1.6 times faster in a thread (benchmarks/malloc.md).
-RANK_MALLOC_SETTINGS: Final[Mapping[str, str]] = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),

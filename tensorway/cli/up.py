@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 import socket
 import sys
+import sysconfig
 from collections.abc import Awaitable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,4 +214,13 @@ def _print_how_to(options: UpOptions, models: Collection[str], console: Console)
         f"tensorway models list --endpoint {endpoint}",
         f"python -c 'import tensorway; print(tensorway.Client(\"{endpoint}\").{call})'",
     ]
-    print("\n".join(f"  {line}" for line in lines) + "\n", file=sys.stdout, flush=True)
+    prefix = _scripts_prefix()
+    print("\n".join(f"  {prefix}{line}" for line in lines) + "\n", file=sys.stdout, flush=True)
+
+
+def _scripts_prefix() -> str:
+    """What must stand before a command of this environment so that it can be pasted: nothing where the environment is activated."""
+    scripts = Path(sysconfig.get_path("scripts"))
+    if shutil.which("tensorway") == str(scripts / "tensorway"):
+        return ""
+    return f"{scripts.relative_to(Path.cwd()) if scripts.is_relative_to(Path.cwd()) else scripts}/"

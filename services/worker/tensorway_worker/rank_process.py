@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from tensorway.process import RANK_MALLOC_SETTINGS
+from tensorway.process import MALLOC_SETTINGS
 from tensorway_worker.rank.launch import STATUS_FD_VARIABLE, RankLaunch, RankStatus
 
 _LOG = logging.getLogger("tensorway_worker.rank")
@@ -37,7 +37,7 @@ class RankProcess:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "tensorway_worker.rank",
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-                env={**os.environ, **RANK_MALLOC_SETTINGS, **environment, STATUS_FD_VARIABLE: str(write_fd)},
+                env={**MALLOC_SETTINGS, **os.environ, **environment, STATUS_FD_VARIABLE: str(write_fd)},
                 pass_fds=(write_fd,),
                 start_new_session=True,  # Ctrl-C in a terminal is the node's to handle: it drains its ranks
             )
