@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 from tensorway.arrays import to_tensor
 from tensorway.deadline import DEFAULT_TIMEOUT_S, Deadline
 from tensorway.errors import DeadlineExceeded, InvalidRequest, TensorwayError, Unavailable
+from tensorway.parameter_message import write_parameters
 from tensorway.registry.port import Registration
 from tensorway.results import InferResult, ModelDescription, read_model, read_result
 from tensorway.tensor_message import tensor_field
@@ -89,8 +90,7 @@ class _Calls:
             )
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"request: {error}", field="request") from error
-        for name, value in (parameters or {}).items():
-            _write_parameter(name, value, request)
+        write_parameters(parameters or {}, request.parameters)
         parts: list[Buffer] = [request.SerializeToString()]
         for name, value in inputs.items():
             tensor = to_tensor(name, value)
@@ -240,16 +240,3 @@ class AsyncClient:
 
 def _pairs(metadata: Metadata) -> tuple[tuple[str, str], ...]:
     return tuple(metadata.items() if isinstance(metadata, Mapping) else metadata)
-
-
-def _write_parameter(name: str, value: bool | int | float | str, request: inference_pb2.InferRequest) -> None:
-    parameter = request.parameters[name]
-    # bool first: it is an int too.
-    kind = {bool: "bool_value", int: "int64_value", float: "double_value", str: "string_value"}.get(type(value))
-    if kind is None:
-        kinds = "bool, int, float or str"
-        raise InvalidRequest(f"parameters[{name!r}]: {type(value).__name__} cannot be sent; use {kinds}", field="parameters")
-    try:
-        setattr(parameter, kind, value)
-    except ValueError as error:
-        raise InvalidRequest(f"parameters[{name!r}]: {error}", field="parameters") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tensorway.arrays import to_numpy, to_torch
+from tensorway.parameter_message import read_parameters
 from tensorway.signature import Dimension, TensorSpec
 from tensorway.tensors import DataType, Tensor
 from tensorway.v1 import inference_pb2, model_pb2
@@ -129,7 +130,7 @@ def read_result(message: bytes, trailers: Mapping[str, str | bytes], *, as_torch
     """The result in a serialised InferResponse."""
     response = inference_pb2.InferResponse.FromString(message)
     tensors = tuple([Tensor(item.name, DataType(item.dtype), tuple(item.shape), item.data) for item in response.outputs])
-    parameters = {name: getattr(value, value.WhichOneof("value") or "string_value") for name, value in response.parameters.items()}
+    parameters = read_parameters(response.parameters)
     return InferResult(
         response.model, response.revision, response.request_id, tensors, parameters, Timing.parse(str(trailers.get(TIMING_TRAILER, ""))),
         as_torch,

@@ -15,6 +15,7 @@ import asyncio
 import os
 import socket
 import struct
+from abc import ABC, abstractmethod
 from typing import Final, cast
 
 from tensorway.errors import InvalidRequest, Unavailable
@@ -63,7 +64,7 @@ def is_same_user(connection: socket.socket) -> bool:
     return uid in (os.getuid(), 0)
 
 
-class MessageProtocol(asyncio.Protocol):
+class MessageProtocol(asyncio.Protocol, ABC):
     """Cuts the byte stream into messages. Subclasses say what to do with one, and learn when writing may go on and when it is over."""
 
     def __init__(self, max_message_bytes: int) -> None:
@@ -76,9 +77,9 @@ class MessageProtocol(asyncio.Protocol):
         self._filled = 0
         self._is_paused = False
 
+    @abstractmethod
     def message_received(self, message: bytes | bytearray) -> None:
         """Raises InvalidRequest for bytes that end the connection."""
-        raise NotImplementedError
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -107,9 +108,9 @@ class MessageProtocol(asyncio.Protocol):
         except InvalidRequest as error:
             self.broken(error)
 
+    @abstractmethod
     def broken(self, error: InvalidRequest) -> None:
         """The peer sent what is no message."""
-        raise NotImplementedError
 
     def _cut(self, data: bytes) -> None:
         offset = 0

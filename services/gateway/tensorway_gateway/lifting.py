@@ -6,6 +6,7 @@ a view, and protobuf parses the rest. Wherever the walk meets something it does 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from tensorway.tensor_message import varint
@@ -28,30 +29,28 @@ class _Odd(Exception):
 
 def lift_tensors(message: bytes, threshold_bytes: int = THRESHOLD_BYTES) -> tuple[bytes, dict[int, memoryview]]:
     """`message` (an InferRequest) without the `data` of its large inputs, and that data by index of the input."""
-    if len(message) < threshold_bytes:
-        return message, {}
-    view = memoryview(message)
-    kept: list[bytes | memoryview] = []
-    lifted: dict[int, memoryview] = {}
-    offset = index = 0
-    try:
-        while offset < len(view):
-            start, field, body, offset = _field(view, offset)
-            if field == _INPUTS and body is not None:
-                if len(body) >= threshold_bytes and (rest := _without_data(body, index, lifted, threshold_bytes)) is not None:
-                    kept += (_INPUTS_TAG, varint(len(rest)), rest)
-                else:
-                    kept.append(view[start:offset])
-                index += 1
-            else:
-                kept.append(view[start:offset])
-    except _Odd:
-        return message, {}
-    return (b"".join(kept), lifted) if lifted else (message, {})
+
+    def lift(body: memoryview, index: int, lifted: dict[int, memoryview]) -> bytes | None:
+        rest = _without_data(body, index, lifted, threshold_bytes)
+        return None if rest is None else b"".join((_INPUTS_TAG, varint(len(rest)), rest))
+
+    return _lift(message, _INPUTS, threshold_bytes, lift)
 
 
 def lift_raw_contents(message: bytes, threshold_bytes: int = THRESHOLD_BYTES) -> tuple[bytes, dict[int, memoryview]]:
     """`message` (a ModelInferRequest) with its large raw_input_contents emptied, and what they held by index."""
+
+    def lift(body: memoryview, index: int, lifted: dict[int, memoryview]) -> bytes:
+        lifted[index] = body
+        return _EMPTY_RAW_INPUT
+
+    return _lift(message, _RAW_INPUTS, threshold_bytes, lift)
+
+
+def _lift(
+    message: bytes, wanted: int, threshold_bytes: int, lift: Callable[[memoryview, int, dict[int, memoryview]], bytes | None]
+) -> tuple[bytes, dict[int, memoryview]]:
+    """Walks `message` and has `lift` put the large ones of its fields `wanted` aside; it returns what stays in their place, or None."""
     if len(message) < threshold_bytes:
         return message, {}
     view = memoryview(message)
@@ -61,15 +60,11 @@ def lift_raw_contents(message: bytes, threshold_bytes: int = THRESHOLD_BYTES) ->
     try:
         while offset < len(view):
             start, field, body, offset = _field(view, offset)
-            if field == _RAW_INPUTS and body is not None:
-                if len(body) >= threshold_bytes:
-                    lifted[index] = body
-                    kept.append(_EMPTY_RAW_INPUT)
-                else:
-                    kept.append(view[start:offset])
+            rest: bytes | None = None
+            if field == wanted and body is not None:
+                rest = lift(body, index, lifted) if len(body) >= threshold_bytes else None
                 index += 1
-            else:
-                kept.append(view[start:offset])
+            kept.append(view[start:offset] if rest is None else rest)
     except _Odd:
         return message, {}
     return (b"".join(kept), lifted) if lifted else (message, {})

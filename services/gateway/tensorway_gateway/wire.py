@@ -8,6 +8,7 @@ from typing import Any, Final
 from google.protobuf.message import DecodeError
 
 from tensorway.errors import InternalError, InvalidRequest
+from tensorway.parameter_message import read_parameters, write_parameters
 from tensorway.tensors import Buffer, DataType, TensorHead
 from tensorway.transport.port import Payload
 from tensorway.v1 import link_pb2
@@ -58,38 +59,17 @@ def read_reply(head: bytes, payload: Payload) -> Answer:
             timing.queue_us, timing.group_us, timing.wait_us, timing.step_us, timing.prepare_us, timing.batch_rows, timing.batch_requests,
             timing.is_first_in_batch, timing.num_attempts, timing.group,
         ),
-        parameters=read_parameters(response.parameters),
+        parameters=read_parameters(response.parameters) if response.parameters else {},
     )
 
 
-def read_parameters(parameters: Mapping[str, Any]) -> Mapping[str, Value]:
-    """Values of a `map<string, Parameter>`. Raises InvalidRequest for one without a value."""
+def read_bounded_parameters(parameters: Mapping[str, Any]) -> Mapping[str, Value]:
+    """A request's parameters. Raises InvalidRequest for one without a value, or too many."""
     if not parameters:
         return {}
     if len(parameters) > MAX_NUM_ITEMS:
         raise InvalidRequest(f"parameters: {len(parameters)} are more than {MAX_NUM_ITEMS}", field="parameters")
-    found: dict[str, Value] = {}
-    for name, parameter in parameters.items():
-        kind = parameter.WhichOneof("value")
-        if kind is None:
-            raise InvalidRequest(f"parameters[{name!r}]: has no value", field=f"parameters[{name!r}]")
-        found[name] = getattr(parameter, kind)
-    return found
-
-
-def write_parameters(values: Mapping[str, Value], target: Any) -> None:
-    """Fills a `map<string, Parameter>`."""
-    for name, value in values.items():
-        parameter = target[name]
-        # bool first: it is an int too.
-        if isinstance(value, bool):
-            parameter.bool_value = value
-        elif isinstance(value, int):
-            parameter.int64_value = value
-        elif isinstance(value, float):
-            parameter.double_value = value
-        else:
-            parameter.string_value = value
+    return read_parameters(parameters)
 
 
 def _cut(outputs: list[TensorHead], payload: Payload) -> tuple[Payload, ...]:

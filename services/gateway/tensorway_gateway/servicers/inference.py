@@ -8,6 +8,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from tensorway.errors import InvalidRequest
+from tensorway.parameter_message import write_parameters
 from tensorway.tensor_message import tensor_field
 from tensorway.tensors import Buffer, Tensor
 from tensorway.transport.port import Call, Server
@@ -15,7 +16,7 @@ from tensorway.v1 import inference_pb2
 from tensorway_gateway.lifting import lift_tensors
 from tensorway_gateway.path import RequestPath
 from tensorway_gateway.requests import MAX_NUM_DIMENSIONS, MAX_NUM_ITEMS, Answered, Arrival
-from tensorway_gateway.wire import DTYPES, read_parameters, write_parameters
+from tensorway_gateway.wire import DTYPES, read_bounded_parameters
 
 SERVICE: Final = "tensorway.v1.InferenceService"
 
@@ -58,7 +59,7 @@ class InferenceServicer:
             inputs.append(Tensor(tensor.name, dtype, tuple(tensor.shape), content))
         return Arrival(
             model=request.model, revision=request.revision, is_version=False, request_id=self._path.request_id(request.request_id),
-            inputs=tuple(inputs), output_names=tuple(request.output_names), parameters=read_parameters(request.parameters),
+            inputs=tuple(inputs), output_names=tuple(request.output_names), parameters=read_bounded_parameters(request.parameters),
             priority=request.priority, timeout_s=None, num_bytes=num_bytes, arrived_s=arrived_s,
         )
 

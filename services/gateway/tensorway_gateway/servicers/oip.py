@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 
 from tensorway.compat import grpc_service_pb2
 from tensorway.errors import InvalidRequest
+from tensorway.parameter_message import write_parameters
 from tensorway.tensor_message import varint
 from tensorway.tensors import Buffer
 from tensorway.transport.port import Call, Server
@@ -113,16 +114,7 @@ def _write(answered: Answered, request: grpc_service_pb2.ModelInferRequest) -> b
         model_name=request.model_name, model_version=answered.version, id=request.id,
         outputs=[tensor(name=head.name, datatype=head.dtype.name, shape=head.shape) for head in answer.outputs],
     )
-    for name, value in answer.parameters.items():
-        parameter = response.parameters[name]
-        if isinstance(value, bool):
-            parameter.bool_param = value
-        elif isinstance(value, int):
-            parameter.int64_param = value
-        elif isinstance(value, float):
-            parameter.double_param = value
-        else:
-            parameter.string_param = value
+    write_parameters(answer.parameters, response.parameters, "param")
     parts: list[bytes | memoryview] = [response.SerializeToString()]
     for head, content in zip(answer.outputs, answer.contents, strict=True):
         parts += (_RAW_OUTPUT_TAG, varint(head.num_bytes), *content)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
 from tensorway.errors import InvalidRequest, NotFound, TensorwayError
 from tensorway.model import Parameters
+from tensorway.parameter_message import read_parameters, write_parameters
 from tensorway.tensors import Buffer
 from tensorway.transport.port import Payload
 from tensorway.v1 import inference_pb2, link_pb2, tensor_pb2
@@ -24,7 +25,6 @@ _MAX_CACHED: Final = 2048
 _MAX_DEADLINE_S: Final = 3600.0
 
 CheckRequest = Callable[[Request], None]
-_MessageT = TypeVar("_MessageT", link_pb2.ResponseHead, inference_pb2.InferResponse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +84,17 @@ class Codec:
             body.take(layout.num_bytes)
             return _again(layout.error)
         names = head.output_names
-        parameters = head.parameters
+        data = tuple([body.take(item.num_bytes) for item in layout.inputs])
+        try:
+            parameters = read_parameters(head.parameters) if head.parameters else _NO_PARAMETERS
+        except InvalidRequest as error:
+            return error
         request = Request(
             head.request_id,
             layout,
-            tuple([body.take(item.num_bytes) for item in layout.inputs]),
+            data,
             tuple(names) if names else (),
-            _parameters(parameters) if parameters else _NO_PARAMETERS,
+            parameters,
             now_s + (remaining_us / 1e6 if remaining_us else _MAX_DEADLINE_S),
         )
         return self._checked(request) if names else request
@@ -120,7 +124,10 @@ class Codec:
                 num_bytes = heads[0][3] if len(heads) == 1 else sum([head[3] for head in heads])
                 response = self._response(heads)
                 if result.parameters:
-                    response += _with_parameters(link_pb2.ResponseHead(), result.parameters).SerializeToString()
+                    # Messages of one type may be joined by their bytes: the cached part stays as it is.
+                    extra = link_pb2.ResponseHead()
+                    write_parameters(result.parameters, extra.parameters)
+                    response += extra.SerializeToString()
                 add(response=response, body_bytes=num_bytes)
                 payload += result.payload
             else:
@@ -150,7 +157,7 @@ class Codec:
         if layout.error is not None:
             raise _again(layout.error)
         data = tuple((one.data,) for one in infer.inputs)
-        request = Request(infer.request_id, layout, data, tuple(infer.output_names), _parameters(infer.parameters), deadline_s)
+        request = Request(infer.request_id, layout, data, tuple(infer.output_names), read_parameters(infer.parameters), deadline_s)
         self._check(request)
         return request
 
@@ -161,27 +168,8 @@ class Codec:
             for (name, dtype, shape, _), data in zip(answer.heads, answer.payload, strict=True)
         ]
         response = inference_pb2.InferResponse(model=self._model, revision=self._revision, request_id=request_id, outputs=outputs)
-        return _with_parameters(response, answer.parameters).SerializeToString()
-
-
-def _parameters(message: object) -> Parameters:
-    return {name: getattr(value, value.WhichOneof("value") or "string_value") for name, value in message.items()}  # type: ignore[attr-defined]
-
-
-def _with_parameters(message: _MessageT, values: Parameters) -> _MessageT:
-    """Adds plain values to a message's `parameters`. Messages of one type may be joined by their bytes, so this can come later."""
-    for name, value in values.items():
-        parameter = message.parameters[name]
-        # bool first: it is an int too.
-        if isinstance(value, bool):
-            parameter.bool_value = value
-        elif isinstance(value, int):
-            parameter.int64_value = value
-        elif isinstance(value, float):
-            parameter.double_value = value
-        else:
-            parameter.string_value = value
-    return message
+        write_parameters(answer.parameters, response.parameters)
+        return response.SerializeToString()
 
 
 def _detail(error: TensorwayError) -> link_pb2.ErrorDetail:
