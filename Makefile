@@ -65,7 +65,9 @@ protos: install ## Generate the Python stubs from protos/
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. protos/tensorway/v1/*.proto protos/tensorway/compat/*.proto
 	$(BIN)/python -m grpc_tools.protoc -I protos --grpc_python_out=. $(addprefix protos/tensorway/v1/,$(addsuffix .proto,inference model mesh node link))
 
+# h2load is C, from Debian: a load generator that nobody here wrote.
 bench: install models ## Measure the running mesh with h2load and perf-analyzer; writes benchmarks/results.md
+	command -v h2load >/dev/null || apt-get install -y --no-install-recommends nghttp2-client || { apt-get update && apt-get install -y --no-install-recommends nghttp2-client; }
 	$(BIN)/python -m benchmarks.run
 
 fuzz: install ## The long form of the fuzz at the door
