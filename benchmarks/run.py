@@ -61,12 +61,12 @@ async def bench(parts: set[str], quick: bool) -> None:
     report.write(ROOT / "benchmarks" / "results.md", tables, quick)
 
 
-async def on_mesh(model: str, workload: Workload, loads: tuple[Load, ...], shrink: int) -> list[Measured]:
-    """Starts a mesh with one model, and measures it under each load."""
+async def on_mesh(model: str, workload: Workload, loads: tuple[Load, ...], shrink: int, **settings: object) -> list[Measured]:
+    """Starts a mesh with one model (`settings` go to every service), and measures it under each load."""
     found: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder:
         async with LocalMesh(Path(folder) / "logs") as mesh, DirectoryRegistry(Path(folder) / "registry") as registry:
-            endpoint, cpu = await start(mesh, registry, folder, model)
+            endpoint, cpu = await start(mesh, registry, folder, model, **settings)
             channel = AsyncChannel(endpoint)
             answer = (await channel.unary(INFER, workload.message, 60.0)).response
             await channel.close()
@@ -80,9 +80,12 @@ async def on_mesh(model: str, workload: Workload, loads: tuple[Load, ...], shrin
     return found
 
 
-async def start(mesh: LocalMesh, registry: DirectoryRegistry, folder: str, model: str) -> tuple[str, CpuClock]:
+async def start(
+    mesh: LocalMesh, registry: DirectoryRegistry, folder: str, model: str, **settings: object
+) -> tuple[str, CpuClock]:
     """Starts the three services; returns the gateway's endpoint and the CPU clock of all four processes."""
-    shared = {"registry": f"directory:{folder}/registry", "listen": "127.0.0.1:0", "ops_listen": "127.0.0.1:0", "log_format": "text"}
+    shared: dict[str, object] = {"registry": f"directory:{folder}/registry", "listen": "127.0.0.1:0", "ops_listen": "127.0.0.1:0", "log_format": "text"}
+    shared |= settings
     node = {**shared, "models_dir": str(ROOT / "models"), "models": json.dumps([model]), "spread_wait_s": 0.0}
     await mesh.start([
         MemberPlan("gateway", "gateway", flags_of(shared)),
@@ -107,7 +110,7 @@ def bare_rate(model: str, sizes: tuple[int, ...], quick: bool) -> dict[int, floa
     seconds = "1" if quick else "6"
     command = [sys.executable, "-m", "benchmarks.bare", str(ROOT / "models" / model), str(os.cpu_count() or 1), seconds, *map(str, sizes)]
     # The memory settings that a rank gets: without them the bare model is up to 1.6 times slower at large batches.
-    environment = {**os.environ, **MALLOC_SETTINGS, "OMP_NUM_THREADS": str(os.cpu_count() or 1), "GOMP_SPINCOUNT": "10000"}
+    environment = {**os.environ, **MALLOC_SETTINGS, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment).stdout
     rates = {int(size): rate for size, rate in json.loads(output.splitlines()[-1]).items()}
     print(f"bare {model}: " + ", ".join(f"{size}: {rate:.1f} rows/s" for size, rate in rates.items()), flush=True)

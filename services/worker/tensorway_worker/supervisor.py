@@ -27,9 +27,6 @@ from tensorway_worker.topology import Topology, threads_per_rank
 _LOG = logging.getLogger(__name__)
 _FIRST_BACK_OFF_S: Final = 0.2
 _MAX_BACK_OFF_S: Final = 30.0
-#: OpenMP threads spin for milliseconds after every parallel region by default, on cores that the links need just then: answers came back
-#: 20 % slower at 8 in flight. This many turns (some 50 us) still bridge the gaps within a step.
-_SPIN_COUNT: Final = "10000"
 BACKING_OFF: Final = "backing_off"
 
 
@@ -204,8 +201,6 @@ def _environment(launch: RankLaunch, device: str) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(launch.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
         "OMP_NUM_THREADS": str(launch.threads), "PYTHONUNBUFFERED": "1",
     }
-    if "GOMP_SPINCOUNT" not in os.environ:
-        environment["GOMP_SPINCOUNT"] = _SPIN_COUNT
     if device.startswith("cuda:"):
         environment["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
     return environment
