@@ -84,7 +84,9 @@ async def start(
     mesh: LocalMesh, registry: DirectoryRegistry, folder: str, model: str, **settings: object
 ) -> tuple[str, CpuClock]:
     """Starts the three services; returns the gateway's endpoint and the CPU clock of all four processes."""
-    shared: dict[str, object] = {"registry": f"directory:{folder}/registry", "listen": "127.0.0.1:0", "ops_listen": "127.0.0.1:0", "log_format": "text"}
+    shared: dict[str, object] = {
+        "registry": f"directory:{folder}/registry", "listen": "127.0.0.1:0", "ops_listen": "127.0.0.1:0", "log_format": "text",
+    }
     shared |= settings
     node = {**shared, "models_dir": str(ROOT / "models"), "models": json.dumps([model]), "spread_wait_s": 0.0}
     await mesh.start([

@@ -1,7 +1,7 @@
 """What carries a link's messages on the side that opens it.
 
-A port with two adapters: a gRPC stream (grpc.aio) and a local socket. A third, on grpc core's own completion queue, was tried and dropped: it
-was no faster, because coalescing had already removed what it could have saved.
+A port with two adapters: a gRPC stream (grpc.aio) and a local socket. A third, on grpc core's own completion queue, was tried and
+dropped: it was no faster, because coalescing had already removed what it could have saved.
 """
 
 from __future__ import annotations
