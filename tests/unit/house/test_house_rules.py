@@ -55,7 +55,6 @@ ENVIRONMENT = {
     "tensorway/cli/local_mesh.py": "passes it on to the services that it starts",
     "tensorway/transport/__init__.py": "grpc core reads its verbosity there, at its import",
     "services/worker/tensorway_worker/rank_process.py": "passes it on to ranks",
-    "services/worker/tensorway_worker/supervisor.py": "leaves alone what the environment of ranks has already",
     "services/worker/tensorway_worker/rank/__main__.py": "thread settings that libraries read at their import",
     "services/worker/tensorway_worker/rank/group.py": "torch reads the interface for RPC there",
 }
