@@ -66,9 +66,6 @@ class ModelContext:
     device: str
     #: Element type of floating-point weights: `keep`, `float32`, `bfloat16` or `float16`; `load_weights` already obeys it.
     weights_dtype: str = "keep"
-    #: Place in the group; 0 of 1 for a model that is not cut.
-    rank: int = 0
-    world_size: int = 1
     _load_weights: Callable[[Path], dict[str, Any]] | None = field(default=None, repr=False)
 
     def file(self, path: str) -> Path:

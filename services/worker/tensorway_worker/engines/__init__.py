@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from tensorway.model_directory import ModelDirectory
-from tensorway_worker.engines.port import Engine
+from tensorway_worker.engines.port import Cut, Engine
 
 __all__ = ["open_engine"]
 
 
-def open_engine(directory: ModelDirectory, device: str, rank: int = 0, world_size: int = 1) -> Engine:
+def open_engine(directory: ModelDirectory, device: str, cut: Cut | None = None) -> Engine:
     """The engine that model.yaml asks for, not loaded yet. Each engine's libraries are imported only when it is chosen.
 
-    Raises FailedPrecondition where model.yaml's settings do not fit the engine.
+    Args:
+        cut: the part of the model that this rank holds; None for the whole.
+
+    Raises FailedPrecondition where model.yaml's settings do not fit the engine, or the model cannot be cut like this.
     """
     engine = directory.yaml.engine
     if engine == "torchscript":
@@ -28,4 +31,4 @@ def open_engine(directory: ModelDirectory, device: str, rank: int = 0, world_siz
         return transformers_engine(directory, device)
     from tensorway_worker.engines.python import PythonEngine
 
-    return PythonEngine(directory, device, rank, world_size)
+    return PythonEngine(directory, device)

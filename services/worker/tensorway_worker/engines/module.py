@@ -83,6 +83,9 @@ class ModuleEngine:
     def example(self, rows: int) -> Inputs | None:
         return None
 
+    def embedding(self, name: str) -> torch.nn.Module | None:
+        return None
+
     def memory_bytes(self) -> int:
         return 0 if self._module is None else module_bytes(self._module)
 

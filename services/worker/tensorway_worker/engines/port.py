@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tensorway.errors import InvalidRequest, ModelFailed, TensorwayError
 from tensorway.model import Inputs, InvalidInput, Outputs, Parameters
+from tensorway_worker.topology import Place
+
+if TYPE_CHECKING:
+    import torch
+
+#: `agree(key, decide)`: rank 0 calls `decide` and every rank of the group gets its text; so that all cut a model alike.
+Agree = Callable[[str, Callable[[], str]], str]
+
+
+class Collective(Protocol):
+    """Sums and joins over the shards of one stage. Every shard makes the same calls in the same order, in its torch thread.
+
+    Plain data movement without autograd; `engines/cut/shards.py` gives it derivatives.
+    """
+
+    shard: int
+    num_shards: int
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all shards, in place; `tensor` is contiguous."""
+
+    def gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """The shards' tensors (equal shapes) joined along `dim`, in shard order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What an engine is told when it is to hold only a part of the model."""
+
+    place: Place
+    collective: Collective
+    agree: Agree
 
 
 class Engine(Protocol):
@@ -27,7 +60,16 @@ class Engine(Protocol):
         """Reads weights. Raises FailedPrecondition, or whatever the model raises; the rank ends with that message."""
 
     def run(self, inputs: Inputs) -> Outputs:
-        """One step on joined inputs (dimension 0 = rows) that lie on `device`; the outputs by name, still on `device`."""
+        """One step on joined inputs (dimension 0 = rows) that lie on `device`; the outputs by name, still on `device`.
+
+        Of a cut engine, this rank's part of the step: the first stage takes the inputs, any other what the stage before returned; the
+        last returns the outputs, any other what the next stage needs, tensors by name (dimension 0 = rows). With gradients enabled,
+        what it returns is differentiable with respect to what it was given.
+        """
+
+    def embedding(self, name: str) -> torch.nn.Module | None:
+        """The module whose output stands for the integer input `name` where derivatives are asked for (first stage only); None where
+        there is none and the input itself must be a floating-point tensor."""
 
     def preprocess(self, inputs: Inputs, parameters: Parameters) -> Inputs:
         """One request, in a staging thread."""

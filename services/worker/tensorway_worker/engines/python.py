@@ -18,7 +18,7 @@ from tensorway_worker.engines.weights import load_weights, module_bytes
 class PythonEngine:
     """Runs the class named by `settings.class`, or the only `Model` subclass that `model.py` defines."""
 
-    def __init__(self, directory: ModelDirectory, device: str, rank: int, world_size: int) -> None:
+    def __init__(self, directory: ModelDirectory, device: str) -> None:
         """Imports `model.py`; the class is known from here on, its weights only after `load`."""
         settings = directory.yaml.settings
         self.device = device
@@ -33,8 +33,6 @@ class PythonEngine:
             signature=directory.spec.signature,
             device=device,
             weights_dtype=directory.yaml.weights_dtype,
-            rank=rank,
-            world_size=world_size,
             _load_weights=partial(
                 load_weights, device=device, weights_dtype=directory.yaml.weights_dtype, unpickle=settings.get("unpickle", ())
             ),
@@ -58,6 +56,9 @@ class PythonEngine:
 
     def example(self, rows: int) -> Inputs | None:
         return self._model.example(rows)
+
+    def embedding(self, name: str) -> torch.nn.Module | None:
+        return None
 
     def memory_bytes(self) -> int:
         modules = [value for value in vars(self._model).values() if isinstance(value, torch.nn.Module)]

@@ -129,6 +129,9 @@ class TransformersEngine:
     def example(self, rows: int) -> Inputs | None:
         return None
 
+    def embedding(self, name: str) -> torch.nn.Module | None:
+        return None
+
     def memory_bytes(self) -> int:
         return 0 if self._model is None else module_bytes(self._model)
 

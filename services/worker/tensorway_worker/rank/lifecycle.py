@@ -157,7 +157,7 @@ def _checked_directory(launch: RankLaunch) -> ModelDirectory:
 def _loaded(directory: ModelDirectory, launch: RankLaunch) -> Engine:
     """In the torch thread."""
     try:
-        engine = open_engine(directory, launch.device, launch.rank, launch.world_size)
+        engine = open_engine(directory, launch.device)
         engine.load()
     except Exception as error:
         if not isinstance(error, TensorwayError):
