@@ -11,6 +11,7 @@
     │   └── Cancelled              CANCELLED            the caller went away
     ├── Overloaded             RESOURCE_EXHAUSTED   the caller may come back after `retry_after_s`
     ├── MessageTooLarge        RESOURCE_EXHAUSTED   the caller must send less; retrying cannot help
+    ├── OutOfMemory            RESOURCE_EXHAUSTED   the request does not fit the memory of a rank; send fewer rows
     ├── DeadlineExceeded       DEADLINE_EXCEEDED    names the hop that spent the time
     ├── Unavailable            UNAVAILABLE          a service or worker was lost; another attempt may succeed
     └── ModelError             the model's author must act
@@ -129,6 +130,12 @@ class MessageTooLarge(TensorwayError):
     reason = "MESSAGE_TOO_LARGE"
 
 
+class OutOfMemory(TensorwayError):
+    """A request needs more memory than a rank has; smaller requests do not."""
+
+    reason = "OUT_OF_MEMORY"
+
+
 class DeadlineExceeded(TensorwayError):
     """The deadline passed or cannot be met; `hop` is the service that spent the time."""
 
@@ -176,6 +183,7 @@ STATUS_OF: Final[dict[type[TensorwayError], ErrorStatus]] = {
     Cancelled: ErrorStatus(Status.CANCELLED, False),
     Overloaded: ErrorStatus(Status.RESOURCE_EXHAUSTED, True),
     MessageTooLarge: ErrorStatus(Status.RESOURCE_EXHAUSTED, False),
+    OutOfMemory: ErrorStatus(Status.RESOURCE_EXHAUSTED, False),
     DeadlineExceeded: ErrorStatus(Status.DEADLINE_EXCEEDED, False),
     Unavailable: ErrorStatus(Status.UNAVAILABLE, True),
     ModelError: ErrorStatus(Status.INTERNAL, False),

@@ -32,7 +32,9 @@ HEALTH_SERVICE: Final = "grpc.health.v1.Health"
 class Endpoint:
     """The leader's server and lease."""
 
-    def __init__(self, launch: RankLaunch, spec: RevisionSpec, engine: Engine, runner: BatchRunner, executor: Executor) -> None:
+    def __init__(
+        self, launch: RankLaunch, spec: RevisionSpec, engine: Engine, runner: BatchRunner, executor: Executor, num_conductors: int
+    ) -> None:
         self._launch = launch
         self._spec = spec
         codec = Codec(launch.model, launch.revision, Layouts(spec.signature, runner.padding), runner.rules.check_names)
@@ -44,6 +46,7 @@ class Endpoint:
             launch.epoch,
             stages_apart=engine.has_preprocess or engine.device != "cpu",
             finishes_apart=engine.has_postprocess,
+            num_conductors=num_conductors,
         )
         self._server = create_server(ServerOptions(launch.listen, launch.transport, launch.max_message_bytes))
         self._links = LinkServer(self._leader.on_exchange, launch.max_message_bytes)

@@ -19,7 +19,6 @@ T = TypeVar("T")
 Work = Callable[[], None]
 
 
-
 class Executor:
     """Runs work in one dedicated thread.
 
@@ -33,7 +32,11 @@ class Executor:
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="torch", daemon=True)
         self.num_steps = 0
-        self._step_started_s = 0.0
+        #: Steps that run now, by the instant of their start; a pipeline has several on their way.
+        self._running: list[float] = []
+        self._counting = threading.Lock()
+        self._busy_s = 0.0
+        self._work_began_s = 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -67,31 +70,44 @@ class Executor:
 
     @property
     def step_running_s(self) -> float:
-        """Seconds since the running step began; 0 between steps."""
-        started_s = self._step_started_s
-        return time.monotonic() - started_s if started_s else 0.0
+        """Seconds since the longest running step began; 0 between steps."""
+        running = self._running
+        return time.monotonic() - min(running) if running else 0.0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the torch thread has worked since its start."""
+        began_s = self._work_began_s
+        return self._busy_s + (time.monotonic() - began_s if began_s else 0.0)
 
     def begin_step(self) -> float:
-        """Marks the start of a step; returns the instant."""
-        self._step_started_s = time.monotonic()
-        return self._step_started_s
+        """Marks the start of a step, from any thread; returns the instant."""
+        began_s = time.monotonic()
+        with self._counting:
+            self._running = [*self._running, began_s]
+        return began_s
 
-    def end_step(self) -> float:
-        """Marks its end; returns the instant."""
-        self._step_started_s = 0.0
-        self.num_steps += 1
+    def end_step(self, began_s: float) -> float:
+        """Marks the end of the step that began at `began_s`; returns the instant."""
+        with self._counting:
+            self._running = [one for one in self._running if one != began_s]
+            self.num_steps += 1
         return time.monotonic()
 
     def _serve(self) -> None:
         torch.set_num_threads(max(1, self._num_threads))
         with torch.inference_mode():
             while (work := self._queue.get()) is not None:
+                self._work_began_s = time.monotonic()
                 try:
                     work()
                 except BaseException as error:  # noqa: BLE001 - ends the rank
                     _LOG.exception("the torch thread crashed")
                     self.crash(error)
                     return
+                took_s = time.monotonic() - self._work_began_s
+                self._work_began_s = 0.0
+                self._busy_s += took_s
                 # Tensors of the last batch must not live until the next comes.
                 del work
 

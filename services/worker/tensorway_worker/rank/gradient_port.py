@@ -16,10 +16,12 @@ class Target:
     """The scalar of each row that is differentiated: one element of an output, or a weighted sum of all."""
 
     output: str
-    #: Index within a row of the output (without dimension 0). None: `weights` decide, or the largest element of each row.
+    #: Index within a row of the output (without dimension 0). None: what follows decides, or the largest element of each row.
     index: tuple[int, ...] | None = None
-    #: Shape of one row of the output, or of all rows; the score is the sum of output x weights.
+    #: Shape of one row of the output; the score is the sum of output x weights.
     weights: torch.Tensor | None = None
+    #: Flat index within a row of the output, for each row. [rows]
+    flat: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Gradient:
     gradient: torch.Tensor
     #: The target's value. [rows]
     score: torch.Tensor
-    #: Flat index, within a row of the output, of the element chosen where neither index nor weights were given. [rows]; else empty.
+    #: Flat index, within a row of the output, of the element chosen where the target named none. [rows]; else empty.
     chosen: torch.Tensor
 
 

@@ -1,162 +1,299 @@
-"""The ranks of one group over PyTorch RPC; the only module that imports `torch.distributed.rpc`.
+"""The ranks of one group: pipeline stages x tensor shards, linked by PyTorch RPC (`rpc.py`) and collectives (`collective.py`).
 
-Every rank owns one torch thread. The leader sends each step as a numbered command to all other ranks and runs its own part meanwhile; a
-handler does nothing but put the command into its rank's torch thread, because thread-local caches are lost between RPC's own threads. A
-command from another epoch, or out of order, is refused.
+    leader (stage 0, shard 0) ──step n──▶ every shard of stage 0       all run stage 0, summing over the shards inside their layers
+    shard t of stage s        ──step n──▶ shard t of stage s + 1       activations hop from rank to rank
+    shard 0 of the last stage ──result n──▶ leader                     the outputs
 
-RPC runs what it is told by whoever can connect: it is bound to the loopback interface unless the environment names another, meets through
-files in a 0700 directory, and its transports are `uv` (the default busy-polls) with `cma` and `basic` channels.
+A batch goes through a pipeline as micro-batches, and the leader may have two batches on their way, so that all stages have work. Handlers
+of RPC only enqueue to their rank's one torch thread, in the order of the commands' numbers (`in_order.py`): thread-local caches are lost
+between RPC's threads, and collectives must meet the same partners everywhere.
+
+A group is never repaired: the first sign of a lost rank fails every step and ends this rank; its node then forms the group anew.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
-from torch.distributed import rpc
+from torch.distributed.distributed_c10d import Store
 
-from tensorway.errors import Unavailable
+from tensorway.errors import FailedPrecondition, ModelFailed, TensorwayError
 from tensorway.model import Inputs, Outputs, Value
-from tensorway_worker.rank.group_port import GroupLost, StepRunner
+from tensorway_worker.engines.port import Collective, Engine, model_error
+from tensorway_worker.micro_batches import micro_batches
+from tensorway_worker.rank import rpc
+from tensorway_worker.rank.collective import open_collective
+from tensorway_worker.rank.commands import ATTEND, BACKWARD, FAILED, FORWARD, RESULT, SKIP, STEP, Command, failure_detail, failure_of
+from tensorway_worker.rank.differentiation import LocalDifferentiator
+from tensorway_worker.rank.door import Door
+from tensorway_worker.rank.executor import Work
+from tensorway_worker.rank.gradient_port import Differentiator
+from tensorway_worker.rank.group_port import GroupLost, StepRunner, first_line
+from tensorway_worker.rank.in_order import InOrder
+from tensorway_worker.rank.linked_gradients import AutogradDifferentiator, BackwardPasses, ChainDifferentiator
+from tensorway_worker.rank.memory import GuardedRun, MemoryGuard
+from tensorway_worker.rank.pending import Named, Pending
+from tensorway_worker.topology import Place, Topology
 
-_TRANSPORTS: Final = ("uv",)
-_CHANNELS: Final = ("cma", "basic")
-#: torch wants a bound for every call; a step may take long, and a dead peer is seen at once without it.
-_CALL_TIMEOUT_S: Final = 3600.0
-
-#: Puts work into the rank's torch thread.
-Enqueue = Callable[[Callable[[], None]], None]
+#: Batches on their way through a pipeline at once.
+_PIPELINED_BATCHES: Final = 2
+VJP: Final = "vjp"
+DIST_AUTOGRAD: Final = "dist_autograd"
 
 
-@dataclass(frozen=True, slots=True)
-class GroupPlace:
-    """Where this rank stands."""
+class LinkedGroup:
+    """Implements `RankGroup` for a group of several ranks. Made, joined and attached in that order."""
 
-    rank: int
-    world_size: int
-    epoch: int
-    rendezvous_dir: Path
-    #: Most seconds to wait for the other ranks.
-    join_timeout_s: float
+    def __init__(
+        self,
+        topology: Topology,
+        membership: rpc.Membership,
+        directory: Path,
+        enqueue: Callable[[Work], None],
+        on_lost: Callable[[GroupLost], None],
+    ) -> None:
+        self.topology = topology
+        self.place: Place = topology.place(membership.rank)
+        self.num_conductors = _PIPELINED_BATCHES if topology.pipeline > 1 else 1
+        #: Rows that each micro-batch is made of are decided by this many wanted micro-batches; 0 lets us choose.
+        self.wanted_micro_batches = 0
+        self.is_batchable = True
+        self.in_order = InOrder(enqueue)
+        self.pending = Pending(topology.tensor, self.lose)
+        self._membership = membership
+        self._directory = directory
+        self._on_lost = on_lost
+        self._engine: Engine | None = None
+        self._guard: MemoryGuard | None = None
+        self._run_own: StepRunner | None = None
+        self._passes = BackwardPasses(self)
+        self._sending = threading.Lock()
 
+    def join(self, store: Store, interface: str) -> Collective:
+        """In the torch thread: meets the other ranks, and closes the door behind them. Raises GroupLost where they do not come."""
+        rpc.bind_to(interface)
+        door = Door()
+        collective = open_collective(self.topology, self._membership.rank, store, self._membership.device)
+        rpc.join(self._membership, store, self._on_message)
+        door.close()
+        self._refuse_strangers(door, store)
+        return collective
 
-class RpcGroup:
-    """Implements `RankGroup` on PyTorch RPC."""
+    def _refuse_strangers(self, door: Door, store: Store) -> None:
+        """Raises GroupLost where somebody else has connected before the door was closed: he could stay for as long as this epoch lives."""
+        others = [rank for rank in range(self.topology.world_size) if rank != self.rank]
+        store.set(f"ends/{self.rank}", json.dumps(sorted(door.own_ends())))
+        known = {end for rank in others for end in json.loads(store.get(f"ends/{rank}"))}
+        if strangers := door.strangers(known):
+            raise GroupLost(f"{len(strangers)} connections that are no rank's were open to rank {self.rank} of epoch {self.epoch}")
 
-    def __init__(self, place: GroupPlace, run_own: StepRunner, enqueue: Enqueue) -> None:
-        self._place = place
-        self._run_own = run_own
-        self._enqueue = enqueue
-        #: Number of the next command: sent by the leader, expected by the others.
-        self._sequence = 0
+    def attach(self, engine: Engine, guard: MemoryGuard | None = None) -> None:
+        """In the torch thread, right after loading: this rank's part of the model. Commands that have come meanwhile wait behind this."""
+        self._engine = engine
+        self._guard = guard
+        self._run_own = engine.run if guard is None else GuardedRun(guard, engine.run, checks=self.topology.tensor == 1)
 
-    def join(self) -> None:
-        global _member
-        place = self._place
-        for variable in ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, "lo")
-        options = rpc.TensorPipeRpcBackendOptions(
-            init_method=f"file://{place.rendezvous_dir}/epoch-{place.epoch}",
-            rpc_timeout=place.join_timeout_s,
-            _transports=list(_TRANSPORTS),
-            _channels=list(_CHANNELS),
-        )
-        _member = self
-        try:
-            with warnings.catch_warnings():
-                # torch's own use of its own deprecated name, once per join.
-                warnings.filterwarnings("ignore", message="You are using a Backend", category=UserWarning)
-                rpc.init_rpc(  # type: ignore[no-untyped-call]
-                    _name(place.rank), rank=place.rank, world_size=place.world_size, rpc_backend_options=options
-                )
-        except RuntimeError as error:
-            raise GroupLost(f"the ranks of epoch {place.epoch} did not meet: {_first_line(error)}") from error
+    @property
+    def rank(self) -> int:
+        return self._membership.rank
+
+    @property
+    def epoch(self) -> int:
+        return self._membership.epoch
+
+    @property
+    def engine(self) -> Engine:
+        """This rank's part. Raises GroupLost before it is attached."""
+        if self._engine is None:
+            raise GroupLost("a command came before the model was loaded")
+        return self._engine
 
     def run(self, inputs: Inputs) -> Outputs:
-        if self._place.world_size == 1:
-            return self._run_own(inputs)
-        names, tensors = list(inputs), [_tensor(name, value) for name, value in inputs.items()]
-        sequence, self._sequence = self._sequence, self._sequence + 1
-        try:
-            pending = [
-                rpc.rpc_async(_name(rank), _take_step, (self._place.epoch, sequence, names, tensors), timeout=_CALL_TIMEOUT_S)
-                for rank in range(1, self._place.world_size)
-            ]
-            try:
-                return self._run_own(inputs)
-            finally:
-                # The others' part ends with this step, whatever became of our own, so that no rank ever runs ahead.
-                for future in pending:
-                    future.wait()
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or not _is_of_rpc(error):
-                raise
-            raise GroupLost(f"a rank of epoch {self._place.epoch} was lost: {_first_line(error)}") from error
+        """The leader's, in a conductor's thread."""
+        carry = {name: _tensor(name, value) for name, value in inputs.items()}
+        if self._guard is not None and self.topology.tensor > 1:
+            self._guard.check(inputs)
+        outcomes = []
+        with self._sending:
+            # One batch's micro-batches follow one another, so that its last leaves as early as can be.
+            for part in self._parts(carry):
+                number, (outcome,) = self.pending.begin()
+                outcomes.append(outcome)
+                self.start(Command(STEP, number, tuple(part)), list(part.values()), partial(self.step, number, part))
+        # All of them, even where one fails: none may be on its way when this step counts as ended.
+        errors = [error for outcome in outcomes if (error := outcome.exception()) is not None]
+        if errors:
+            raise errors[0]
+        results = [outcome.result() for outcome in outcomes]
+        if len(results) == 1:
+            return dict(results[0])
+        return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+
+    def _parts(self, carry: Named) -> list[Named]:
+        if not self.is_batchable or not carry:
+            return [carry]
+        sizes = micro_batches(len(next(iter(carry.values()))), self.topology.pipeline, self.wanted_micro_batches)
+        if len(sizes) == 1:
+            return [carry]
+        split = {name: torch.split(tensor, list(sizes)) for name, tensor in carry.items()}
+        return [{name: pieces[index] for name, pieces in split.items()} for index in range(len(sizes))]
+
+    def start(self, command: Command, tensors: Sequence[torch.Tensor], own_work: Work) -> None:
+        """The leader's: a command for all shards of stage 0, this one among them."""
+        for shard in range(1, self.topology.tensor):
+            self.send(shard, command, tensors)
+        self.in_order.put(command.number, own_work)
+
+    def differentiator(self, name: str) -> Differentiator:
+        if name in ("", VJP):
+            return ChainDifferentiator(self, self._passes)
+        if name != DIST_AUTOGRAD:
+            raise FailedPrecondition(f"differentiation: must be {VJP} or {DIST_AUTOGRAD}, got {name!r}", field="differentiation")
+        if self.topology.tensor > 1 or self._membership.device != "cpu":
+            raise FailedPrecondition(
+                f"differentiation: {DIST_AUTOGRAD} works between CPU ranks without tensor shards; leave it out to use {VJP}",
+                field="differentiation",
+            )
+        return AutogradDifferentiator(self)
 
     def leave(self) -> None:
-        global _member
-        if _member is self:
-            _member = None
-            rpc.shutdown(graceful=False)
+        rpc.leave()
 
-    def take_step(self, epoch: int, sequence: int, inputs: Inputs) -> torch.futures.Future[str]:
-        """A follower's side of one step, called by RPC's thread. The future holds "" or what went wrong in the model."""
-        done: torch.futures.Future[str] = torch.futures.Future()
-        if epoch != self._place.epoch:
-            done.set_exception(RuntimeError(f"rpc: command of epoch {epoch} reached epoch {self._place.epoch}"))  # type: ignore[arg-type]
+    # What follows happens on every rank.
+
+    def _on_message(self, head: str, tensors: list[torch.Tensor]) -> torch.futures.Future[rpc.Message]:
+        """Called by RPC's threads: enqueues, and answers at once."""
+        if not head:
+            return rpc.replied()  # a greeting
+        command = Command.from_head(head, self._membership.epoch)
+        number = command.number
+        named = dict(zip(command.names, tensors, strict=False))
+        if command.kind == STEP:
+            self.in_order.put(number, partial(self.step, number, named))
+        elif command.kind == RESULT:
+            self.pending.resolve(number, named)
+        elif command.kind == FAILED:
+            rank = int(command.detail["rank"])
+            self.pending.fail(number, self.topology.place(rank).stage, rank, failure_of(command.detail))
+        elif command.kind == SKIP:
+            self.in_order.put(number, partial(self.skip_on, number))
+        elif command.kind == ATTEND:
+            reply = rpc.new_reply(tensors)
+            self.in_order.put(number, partial(self._passes.attend, named, reply))
+            return reply
+        elif command.kind in (FORWARD, BACKWARD):
+            self._passes.on_message(command, tensors)
         else:
-            self._enqueue(partial(self._follow, sequence, inputs, done))
-        return done
+            raise ValueError(f"unknown command {command.kind!r}")
+        return rpc.replied()
 
-    def _follow(self, sequence: int, inputs: Inputs, done: torch.futures.Future[str]) -> None:
-        if sequence != self._sequence:
-            done.set_exception(RuntimeError(f"rpc: command {sequence} came where {self._sequence} was expected"))  # type: ignore[arg-type]
-            return
-        self._sequence += 1
+    def step(self, number: int, carry: Named) -> None:
+        """In the torch thread: this stage's part of a step."""
+        outputs = self.attempt(number, partial(self._own_part, carry))
+        if outputs is None:
+            self.skip_on(number)
+        elif not self.place.is_last:
+            self.send_on(Command(STEP, number, tuple(outputs)), list(outputs.values()))
+        else:
+            self.deliver(number, outputs)
+
+    def _own_part(self, carry: Named) -> Outputs:
+        if self._run_own is None:
+            raise GroupLost("a command came before the model was loaded")
+        return self._run_own({**carry})
+
+    def attempt(self, number: int, part: Callable[[], Mapping[str, Value]]) -> Named | None:
+        """What `part` returns; None where the model failed, of which the leader is told. A lost group passes through."""
         try:
-            self._run_own(inputs)
-        except Exception as error:  # noqa: BLE001
-            # The leader runs the same step and meets the same error; the reply only keeps the ranks together.
-            done.set_result(f"{type(error).__name__}: {error}")
+            return {name: _tensor(name, value) for name, value in part().items()}
+        except (GroupLost, torch.AcceleratorError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a model raises anything; it is the step's outcome
+            self.report_failure(number, self.model_error(error))
+            return None
+
+    def model_error(self, error: Exception) -> TensorwayError:
+        """What a model's exception means to the caller."""
+        return model_error(error, self._directory, "forward")
+
+    def report_failure(self, number: int, error: TensorwayError) -> None:
+        """Tells the leader that there will be no outcome."""
+        if self.rank == 0:
+            self.pending.fail(number, 0, 0, error)
         else:
-            done.set_result("")
+            self.send(0, Command(FAILED, number, (), failure_detail(error, self.rank)), ())
+
+    def skip_on(self, number: int) -> None:
+        """Has the later stages skip `number`, so that their numbering stays without gaps."""
+        if not self.place.is_last:
+            self.send_on(Command(SKIP, number), ())
+
+    def skip_from(self, stage: int, number: int) -> None:
+        """The leader's: has `stage` and those after it skip `number`."""
+        for shard in range(self.topology.tensor):
+            self.send(self.topology.rank(stage, shard), Command(SKIP, number), ())
+
+    def deliver(self, number: int, outcome: Named) -> None:
+        """The outcome of `number`, to the leader; only one shard's is needed."""
+        if self.place.shard:
+            return
+        if self.rank == 0:
+            self.pending.resolve(number, outcome)
+        else:
+            self.send(0, Command(RESULT, number, tuple(outcome)), list(outcome.values()))
+
+    def send_on(self, command: Command, tensors: Sequence[torch.Tensor]) -> None:
+        """To the same shard of the next stage."""
+        self.send(self.topology.rank(self.place.stage + 1, self.place.shard), command, tensors)
+
+    def send(self, rank: int, command: Command, tensors: Sequence[torch.Tensor]) -> None:
+        """To `rank`, without waiting; that it did not arrive loses the group."""
+        future = rpc.call(rank, command.to_head(self._membership.epoch), [_compact(tensor) for tensor in tensors])
+        future.add_done_callback(partial(self._sent, rank))
+
+    def _sent(self, rank: int, future: torch.futures.Future[rpc.Message]) -> None:
+        try:
+            future.value()
+        except RuntimeError as error:
+            self.lose(GroupLost(f"rank {rank} of epoch {self._membership.epoch} was lost: {first_line(error)}"))
+
+    def lose(self, lost: GroupLost) -> None:
+        """From any thread: nothing of this epoch can go on."""
+        self.pending.lose(lost)
+        self._on_lost(lost)
 
 
-#: This process's membership: RPC can only call functions of a module.
-_member: RpcGroup | None = None
+class SoloGroup:
+    """A group of one rank: nothing to link."""
 
+    num_conductors = 0
 
-@rpc.functions.async_execution  # type: ignore[untyped-decorator]
-def _take_step(epoch: int, sequence: int, names: list[str], tensors: list[torch.Tensor]) -> torch.futures.Future[str]:
-    """What the leader calls on every other rank: the whole of the allow-list."""
-    if _member is None:
-        raise RuntimeError("rpc: this rank has left its group")
-    return _member.take_step(epoch, sequence, dict(zip(names, tensors, strict=True)))
+    def __init__(self, engine: Engine, guard: MemoryGuard | None = None) -> None:
+        self._engine = engine
+        # Bound once: where nothing limits memory, the hot path goes straight to the engine.
+        self.run: StepRunner = engine.run if guard is None else GuardedRun(guard, engine.run, checks=True)
 
+    def differentiator(self, name: str) -> Differentiator:
+        return LocalDifferentiator(self._engine)
 
-def _name(rank: int) -> str:
-    return f"rank-{rank}"
+    def leave(self) -> None:
+        return
 
 
 def _tensor(name: str, value: Value) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
-        raise Unavailable(f"input {name} is BYTES, which cannot be sent to other ranks; turn it into tensors in preprocess")
+        raise ModelFailed(f"{name} is BYTES, which cannot be sent to other ranks; turn it into tensors in preprocess")
     return value
 
 
-def _is_of_rpc(error: RuntimeError) -> bool:
-    """RPC has no exception type of its own: its failures are plain RuntimeErrors raised by its futures."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__") in (__name__, "torch.distributed.rpc.api")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """RPC sends the whole storage of a view, as long as that is less than twice the view."""
+    if tensor.untyped_storage().nbytes() > tensor.nbytes:
+        return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
+    return tensor

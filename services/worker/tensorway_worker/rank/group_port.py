@@ -7,8 +7,9 @@ from typing import Protocol
 
 from tensorway.errors import Unavailable
 from tensorway.model import Inputs, Outputs
+from tensorway_worker.rank.gradient_port import Differentiator
 
-#: Runs one step of the whole group in this rank's torch thread.
+#: Runs one step of the whole group.
 StepRunner = Callable[[Inputs], Outputs]
 
 
@@ -19,13 +20,22 @@ class GroupLost(Unavailable):
 
 
 class RankGroup(Protocol):
-    """This rank's membership in its group. All methods are called in the rank's torch thread."""
+    """This rank's membership in its group."""
 
-    def join(self) -> None:
-        """Meets the other ranks. Raises GroupLost where they do not come."""
+    #: Steps of the leader that may be in flight at once, each in a thread of its own; 0: steps run in the torch thread itself.
+    num_conductors: int
 
     def run(self, inputs: Inputs) -> Outputs:
-        """The leader's: has every rank run the step, and returns its own outputs. Raises GroupLost where a rank failed to."""
+        """The leader's: one step of all ranks, and its outputs. Raises GroupLost where a rank was lost, or what the model raised."""
+
+    def differentiator(self, name: str) -> Differentiator:
+        """The leader's: `vjp` or `dist_autograd`; empty for what fits. Raises FailedPrecondition for one that this group cannot offer."""
 
     def leave(self) -> None:
         """Lets go at once, without waiting for the others."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

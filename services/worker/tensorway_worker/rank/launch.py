@@ -2,8 +2,10 @@
 
 The node writes one JSON line (a `RankLaunch`) to the rank's standard input and keeps that pipe open: its end means that the node has gone.
 The rank writes one JSON line per `RankStatus` to the file descriptor named by the environment variable `TENSORWAY_STATUS_FD`, at each
-change of state and as a heartbeat every `heartbeat_s` seconds. torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT) are in the environment. Anything the rank prints goes to the node's log and is kept as the "last lines" of a failure.
+change of state and as a heartbeat every `heartbeat_s` seconds. Its operations on the group's store go, a line each, to the descriptor that
+`TENSORWAY_STORE_FD` names; the answers follow the launch line on standard input (`meeting.py`). torchrun's variables (RANK,
+LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) are in the environment. Anything the rank prints goes to the node's log and is kept as the
+"last lines" of a failure.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 STATUS_FD_VARIABLE: Final = "TENSORWAY_STATUS_FD"
+STORE_FD_VARIABLE: Final = "TENSORWAY_STORE_FD"
 
 #: States of a rank, in order; the same words as `tensorway.v1.GroupState`.
 STARTING: Final = "starting"
@@ -44,8 +47,6 @@ class RankLaunch:
     listen: str
     #: Host name that others dial; empty: the one of `listen`.
     advertise_host: str
-    #: A 0700 directory for this epoch's rendezvous.
-    rendezvous_dir: str
     #: Torch threads.
     threads: int
     #: `cpu` or `cuda:N`.
@@ -60,6 +61,17 @@ class RankLaunch:
     log_format: str
     #: Whether the leader accepts links over a local socket, too.
     local_links: bool = True
+    #: 64 hex digits, fresh for each epoch and known to its ranks only.
+    secret: str = ""
+    #: Network interface that PyTorch RPC, gloo and NCCL are bound to.
+    interface: str = "lo"
+    #: Whether the group's outputs are to be compared with the uncut model's before it serves.
+    verify: bool = False
+    #: Index among the ranks that this rank's node hosts, and their number.
+    local_rank: int = 0
+    local_world_size: int = 1
+    #: Devices that this rank may see; more than one only in a `custom` group. 0 on a CPU.
+    num_devices: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -84,6 +96,16 @@ class RankStatus:
     num_steps: int = 0
     #: Seconds the running step has taken so far; 0 while idle.
     step_running_s: float = 0.0
+    #: Bytes that this rank's weights take.
+    weights_bytes: int = 0
+    #: Device memory in use, bytes; the resident set on a CPU.
+    memory_bytes: int = 0
+    #: Most bytes that it may use; 0 where there is no limit.
+    memory_limit_bytes: int = 0
+    #: Share of the time since the last heartbeat that the torch thread computed, 0 to 1.
+    busy_share: float = 0.0
+    #: Whether this failure only follows from another rank's.
+    is_consequence: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -4,7 +4,8 @@ A batch is read and admitted in the loop, staged and run elsewhere, and answered
 
     loop: read, admit ──▶ [staging thread: preprocess, join] ──▶ torch thread: step ──▶ [staging thread: postprocess] ──▶ loop: answer
 
-Small batches of a model without preprocessing skip the staging thread: handing over costs more than the work.
+Small batches of a model without preprocessing skip the staging thread: handing over costs more than the work. In a group of several ranks a
+conductor's thread waits for the step instead of the torch thread, which only computes this rank's part of it.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Leader:
         epoch: int,
         stages_apart: bool,
         finishes_apart: bool,
+        num_conductors: int = 0,
     ) -> None:
         self._loop = loop
         self._executor = executor
@@ -86,6 +88,9 @@ class Leader:
         self._stages_apart = stages_apart
         self._finishes_apart = finishes_apart
         self._staging = ThreadPoolExecutor(1, "staging")
+        #: Threads that wait for the steps of a group of several ranks; with one rank the torch thread runs them itself.
+        self._conductors = ThreadPoolExecutor(num_conductors, "conductor") if num_conductors else None
+        self._last_step_ended_s = 0.0
         self._num_accepted = 0
         self._is_draining = False
         self._last_step_s = 0.0
@@ -146,8 +151,16 @@ class Leader:
         if self._stages_apart or batch.num_bytes > _STAGE_APART_BYTES:
             self._staging.submit(self._guarded, accepted, self._stage_then_run)
         else:
-            self._executor.enqueue(partial(self._guarded, accepted, self._run))
+            self._submit(accepted)
         return accepted
+
+    def _submit(self, accepted: Accepted) -> None:
+        """Puts a batch into the line of those that wait for their step. From any thread."""
+        work = partial(self._guarded, accepted, self._run)
+        if self._conductors is None:
+            self._executor.enqueue(work)
+        else:
+            self._conductors.submit(work)
 
     async def drain(self, deadline: Deadline) -> int:
         """Refuses new batches and waits for the accepted ones; returns how many are left at the deadline."""
@@ -160,8 +173,10 @@ class Leader:
         return self._num_accepted
 
     def close(self) -> None:
-        """Ends the staging thread without waiting for it."""
+        """Ends its threads without waiting for them."""
         self._staging.shutdown(wait=False, cancel_futures=True)
+        if self._conductors is not None:
+            self._conductors.shutdown(wait=False, cancel_futures=True)
 
     def _guarded(self, accepted: Accepted, work: Callable[[Accepted], None]) -> None:
         """Runs a part of a batch's way, in whatever thread; a bug in it fails the batch, a lost device or group ends the rank."""
@@ -178,7 +193,7 @@ class Leader:
     def _stage_then_run(self, accepted: Accepted) -> None:
         if not accepted.is_cancelled:
             self._stage(accepted)
-        self._executor.enqueue(partial(self._guarded, accepted, self._run))
+        self._submit(accepted)
 
     def _stage(self, accepted: Accepted) -> Staged:
         began_s = time.monotonic()
@@ -187,16 +202,19 @@ class Leader:
         return staged
 
     def _run(self, accepted: Accepted) -> None:
-        """In the torch thread."""
+        """In the torch thread, or a conductor's."""
         if accepted.is_cancelled:
             self._hand_back(accepted, Cancelled("the orchestrator withdrew the batch"))
             return
         staged = accepted.staged or self._stage(accepted)
-        accepted.step_began_s = self._executor.begin_step()
+        began_s = accepted.step_began_s = self._executor.begin_step()
         try:
             self._runner.run(staged)
         finally:
-            accepted.step_s = self._executor.end_step() - accepted.step_began_s
+            ended_s = self._executor.end_step(began_s)
+            # Steps overlap in a pipeline: what counts is by how much this one put off the next.
+            accepted.step_s = ended_s - max(began_s, self._last_step_ended_s)
+            self._last_step_ended_s = ended_s
         self._last_step_s = accepted.step_s
         if self._finishes_apart:
             self._staging.submit(self._guarded, accepted, self._finish)

@@ -1,6 +1,6 @@
 """A rank from launch to exit.
 
-    starting → loading (weights, in the torch thread) → group joined → warming → ready: endpoint open, lease held
+    starting → the ranks meet → loading (this rank's part, in the torch thread) → warming → ready: endpoint open, lease held
     SIGTERM, or the node gone: lease released → accepted batches finish within the grace period → exit 0
     a second signal: out at once, status 130
 """
@@ -20,16 +20,19 @@ from typing import Final, TypeVar
 from tensorway.deadline import Deadline
 from tensorway.errors import FailedPrecondition, TensorwayError
 from tensorway.model_directory import ModelDirectory, load_directory
-from tensorway_worker.engines import open_engine
-from tensorway_worker.engines.port import Engine, model_error
+from tensorway_worker.engines.port import Cut
 from tensorway_worker.rank.endpoint import Endpoint
 from tensorway_worker.rank.executor import Executor
-from tensorway_worker.rank.group import GroupPlace, RpcGroup
-from tensorway_worker.rank.launch import FAILED, LOADING, READY, STOPPING, WARMING, RankLaunch
+from tensorway_worker.rank.facts import Facts
+from tensorway_worker.rank.formation import Formed, join, load
+from tensorway_worker.rank.group import LinkedGroup
+from tensorway_worker.rank.group_port import GroupLost
+from tensorway_worker.rank.launch import FAILED, LOADING, READY, STARTING, STOPPING, WARMING, RankLaunch
 from tensorway_worker.rank.node_pipe import StatusPipe, watch_node
+from tensorway_worker.rank.node_store import NodeStore
 from tensorway_worker.rank.report import Report
 from tensorway_worker.rank.step import BatchRunner
-from tensorway_worker.rank.warmup import warm_up
+from tensorway_worker.rank.warmup import Warming
 
 _LOG = logging.getLogger(__name__)
 _EXIT_SECOND_SIGNAL: Final = 130
@@ -54,44 +57,48 @@ class Rank:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        watch_node(loop, orders, self._on_node_gone)
+        model = load_directory(Path(self.launch.model_path)).yaml
+        store = NodeStore(environment, model.startup_timeout_s)
+        watch_node(loop, orders, self._on_node_gone, store.take_line)
         executor = Executor(loop, self.launch.threads, self._on_crash)
         executor.start()
-        report = Report(StatusPipe(environment), executor)
+        facts = Facts(self.launch.device, executor, model.memory_limit_mb << 20)
+        report = Report(StatusPipe(environment), executor, facts.read)
         heartbeat = asyncio.create_task(report.heartbeat(self.launch.heartbeat_s))
         heartbeat.add_done_callback(self._on_heartbeat_end)
         try:
-            await self._serve(executor, report)
+            await self._serve(executor, report, facts, store)
         except _Stopped:
             return 0
         except Exception as error:  # noqa: BLE001 - reported to the node, with a status to exit with
             if not isinstance(error, TensorwayError):
                 _LOG.exception("the rank failed")
-            report.change(FAILED, _sentence(error))
+            report.change(FAILED, _sentence(error), is_consequence=isinstance(error, GroupLost))
             return 1
         finally:
+            store.close("the rank has ended")
             heartbeat.cancel()
             await asyncio.wait((heartbeat,))
             executor.stop()
         return 0
 
-    async def _serve(self, executor: Executor, report: Report) -> None:
+    async def _serve(self, executor: Executor, report: Report, facts: Facts, store: NodeStore) -> None:
         launch = self.launch
-        report.change(LOADING, f"loading {launch.model}")
         directory = _checked_directory(launch)
-        engine = await self._unless_stopped(executor.run(lambda: _loaded(directory, launch)))
-        group = RpcGroup(_place(launch, directory), engine.run, executor.enqueue)
-        await self._unless_stopped(executor.run(group.join))
+        formed = await self._form(directory, executor, report, store)
+        engine, group = formed.engine, formed.group
+        facts.weights_bytes = await self._unless_stopped(executor.run(engine.memory_bytes))
         runner = BatchRunner(engine, directory.spec, directory.path, group.run)
         endpoint: Endpoint | None = None
         try:
             if launch.rank == 0:
                 report.change(WARMING)
-                await self._unless_stopped(executor.run(lambda: warm_up(engine, directory.spec, runner, group.run)))
+                warming = Warming(engine, directory, launch, runner, group)
+                await self._unless_stopped(self._warm(executor, warming))
                 # What is loaded stays: the collector need not look at it again and again while requests wait.
                 gc.collect()
                 gc.freeze()
-                endpoint = Endpoint(launch, directory.spec, engine, runner, executor)
+                endpoint = Endpoint(launch, directory.spec, engine, runner, executor, group.num_conductors)
                 report.change(READY, endpoint=await endpoint.open())
             else:
                 report.change(READY)
@@ -106,6 +113,23 @@ class Rank:
                 await endpoint.close()
             runner.close()
             group.leave()
+
+    async def _form(self, directory: ModelDirectory, executor: Executor, report: Report, store: NodeStore) -> Formed:
+        """Meets the other ranks, where there are any, and loads this rank's part."""
+        launch = self.launch
+        cut: Cut | None = None
+        linked: LinkedGroup | None = None
+        if launch.world_size > 1:
+            report.change(STARTING, "meeting the other ranks")
+            linked, cut = await self._unless_stopped(executor.run(lambda: join(launch, directory, executor, store)))
+        report.change(LOADING, f"loading {launch.model}")
+        return await self._unless_stopped(executor.run(lambda: load(directory, launch, cut, linked)))
+
+    def _warm(self, executor: Executor, warming: Warming) -> asyncio.Future[None]:
+        """In the torch thread, or beside it where steps are only led from here."""
+        if warming.group.num_conductors:
+            return asyncio.ensure_future(asyncio.to_thread(warming.run))
+        return executor.run(warming.run)
 
     async def _unless_stopped(self, work: asyncio.Future[T]) -> T:
         """The result of `work`, or _Stopped as soon as the rank is asked to stop: loading cannot be interrupted, only left behind."""
@@ -152,23 +176,6 @@ def _checked_directory(launch: RankLaunch) -> ModelDirectory:
     if missing:
         raise FailedPrecondition(f"files are missing: {', '.join(missing)}; run `tensorway models fetch`", field="files")
     return directory
-
-
-def _loaded(directory: ModelDirectory, launch: RankLaunch) -> Engine:
-    """In the torch thread."""
-    try:
-        engine = open_engine(directory, launch.device)
-        engine.load()
-    except Exception as error:
-        if not isinstance(error, TensorwayError):
-            _LOG.exception("the model could not be loaded")
-        raise model_error(error, directory.path, "load") from error
-    _LOG.info("loaded", extra={"fields": {"model": launch.model, "memory_bytes": engine.memory_bytes(), "device": launch.device}})
-    return engine
-
-
-def _place(launch: RankLaunch, directory: ModelDirectory) -> GroupPlace:
-    return GroupPlace(launch.rank, launch.world_size, launch.epoch, Path(launch.rendezvous_dir), directory.yaml.startup_timeout_s)
 
 
 def _sentence(error: BaseException) -> str:

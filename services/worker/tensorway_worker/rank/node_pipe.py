@@ -1,4 +1,5 @@
-"""A rank's two pipes to its node: orders come in on standard input, and its end means that the node is gone; statuses go out."""
+"""A rank's pipes to its node: orders and the store's answers come in on standard input, and its end means that the
+node is gone; statuses go out."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from tensorway_worker.rank.launch import STATUS_FD_VARIABLE, RankLaunch, RankSta
 _LOG = logging.getLogger(__name__)
 
 _MAX_LAUNCH_BYTES: Final = 1 << 20
-_READ_BYTES: Final = 4096
+_READ_BYTES: Final = 65_536
 
 
 def read_launch(descriptor: int) -> RankLaunch:
@@ -31,13 +32,25 @@ def read_launch(descriptor: int) -> RankLaunch:
         raise FailedPrecondition(f"standard input must hold one line of JSON, a RankLaunch: {error}") from error
 
 
-def watch_node(loop: asyncio.AbstractEventLoop, descriptor: int, on_end: Callable[[], None]) -> None:
-    """Calls `on_end` once the node's pipe ends."""
+def watch_node(
+    loop: asyncio.AbstractEventLoop, descriptor: int, on_end: Callable[[], None], on_line: Callable[[bytes], None] | None = None
+) -> None:
+    """Calls `on_line` in the loop for each line that follows the launch (an answer of the store), and `on_end` once the pipe ends."""
+    rest = bytearray()
 
     def readable() -> None:
-        if not os.read(descriptor, _READ_BYTES):
+        read = os.read(descriptor, _READ_BYTES)
+        if not read:
             loop.remove_reader(descriptor)
             on_end()
+            return
+        rest.extend(read)
+        *lines, last = rest.split(b"\n") if b"\n" in read else (rest,)
+        if lines:
+            rest[:] = last
+            for line in lines:
+                if on_line is not None:
+                    on_line(bytes(line))
 
     loop.add_reader(descriptor, readable)
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from tensorway.errors import CallerError, TensorwayError
 from tensorway.model import Inputs
+from tensorway.model_directory import ModelDirectory
 from tensorway.signature import ROWS, RevisionSpec, TensorSpec
 from tensorway.tensors import ITEM_SIZE, DataType, encode_bytes, num_elements
 from tensorway_worker.engines.port import Engine
 from tensorway_worker.rank.batch import Request
-from tensorway_worker.rank.group_port import StepRunner
+from tensorway_worker.rank.group import LinkedGroup, SoloGroup
+from tensorway_worker.rank.launch import RankLaunch
 from tensorway_worker.rank.layout import Layouts
 from tensorway_worker.rank.step import BatchRunner
 
@@ -25,20 +28,35 @@ _EXTENT: Final = 8
 _DEADLINE_S: Final = 3600.0
 
 
-def warm_up(engine: Engine, spec: RevisionSpec, runner: BatchRunner, run_step: StepRunner) -> None:
-    """Runs one step of 1 row and one of `max_rows`, in the torch thread. Raises what the model raises.
+@dataclass(frozen=True, slots=True)
+class Warming:
+    """The leader's first steps: in the torch thread, or in a conductor's where the group has several ranks."""
 
-    A model may refuse made-up inputs as a caller's fault (zero bytes are no picture): that is not a failure.
-    """
-    sizes = sorted({1, spec.batching.max_rows}) if spec.signature.is_batchable else [1]
-    for rows in sizes:
-        example = engine.example(rows)
+    engine: Engine
+    directory: ModelDirectory
+    launch: RankLaunch
+    runner: BatchRunner
+    group: LinkedGroup | SoloGroup
+
+    def run(self) -> None:
+        """One step of 1 row and one of `max_rows`. Raises what the model raises; where the launch asks for it, compares the outputs of
+        the group with those of the uncut model, and raises FailedPrecondition where they differ.
+
+        A model may refuse made-up inputs as a caller's fault (zero bytes are no picture): that is not a failure.
+        """
+        spec = self.directory.spec
+        sizes = sorted({1, spec.batching.max_rows}) if spec.signature.is_batchable else [1]
+        for rows in sizes:
+            self._step(rows)
+
+    def _step(self, rows: int) -> None:
+        example = self.engine.example(rows)
         if example is not None:
-            run_step(_on_device(example, engine.device))
-            continue
-        staged = runner.stage([zero_request(spec, rows, runner)])
-        runner.run(staged)
-        (result,) = runner.finish(staged)
+            self.group.run(_on_device(example, self.engine.device))
+            return
+        staged = self.runner.stage([zero_request(self.directory.spec, rows, self.runner)])
+        self.runner.run(staged)
+        (result,) = self.runner.finish(staged)
         if isinstance(result, CallerError):
             _LOG.info("the model refused the warm-up: %s", result.message)
         elif isinstance(result, TensorwayError):

@@ -1,0 +1,34 @@
+"""What a rank tells its node of itself with every status, besides its state."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from tensorway_worker.rank.executor import Executor
+from tensorway_worker.rank.memory import Meter, open_meter
+
+
+class Facts:
+    """Memory, and how busy the torch thread is. Lives in the loop."""
+
+    def __init__(self, device: str, executor: Executor, own_limit: int = 0) -> None:
+        self._executor = executor
+        self._meter: Meter = open_meter(device, own_limit)
+        self._read_s = time.monotonic()
+        self._busy_s = 0.0
+        #: Bytes of this rank's weights, once loaded.
+        self.weights_bytes = 0
+
+    def read(self) -> dict[str, Any]:
+        """Fields of `RankStatus`. `busy_share` is of the time since the last reading."""
+        now_s, busy_s = time.monotonic(), self._executor.busy_s
+        elapsed_s, worked_s = now_s - self._read_s, busy_s - self._busy_s
+        self._read_s, self._busy_s = now_s, busy_s
+        share = min(1.0, max(0.0, worked_s / elapsed_s)) if elapsed_s > 0 else 0.0
+        return {
+            "weights_bytes": self.weights_bytes,
+            "memory_bytes": self._meter.used(),
+            "memory_limit_bytes": self._meter.limit(),
+            "busy_share": round(share, 3),
+        }
