@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tensorway.client import AsyncClient, Client
+    from tensorway.explaining import Explain
 
-__all__ = ["AsyncClient", "Client"]
+__all__ = ["AsyncClient", "Client", "Explain"]
 __version__ = "0.1.0"
 
 

@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 from tensorway.arrays import to_tensor
 from tensorway.deadline import DEFAULT_TIMEOUT_S, Deadline
 from tensorway.errors import DeadlineExceeded, InvalidRequest, TensorwayError, Unavailable
+from tensorway.explaining import Explain
 from tensorway.parameter_message import write_parameters
 from tensorway.registry.port import Registration
 from tensorway.results import InferResult, ModelDescription, read_model, read_result
@@ -28,13 +29,14 @@ from tensorway.transport import AsyncChannel, BlockingChannel, UnaryReply
 from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES
 from tensorway.v1 import inference_pb2, mesh_pb2, model_pb2
 
-__all__ = ["AsyncClient", "Client"]
+__all__ = ["AsyncClient", "Client", "Explain"]
 
 Metadata = Mapping[str, str] | Sequence[tuple[str, str]]
 Parameters = Mapping[str, bool | int | float | str]
 
 DEFAULT_ENDPOINT: Final = "localhost:8001"
 _INFER: Final = "/tensorway.v1.InferenceService/Infer"
+_EXPLAIN: Final = "/tensorway.v1.InferenceService/Explain"
 _LIST_MODELS: Final = "/tensorway.v1.ModelService/ListModels"
 _GET_MODEL: Final = "/tensorway.v1.ModelService/GetModel"
 _GET_TOPOLOGY: Final = "/tensorway.v1.MeshService/GetTopology"
@@ -91,11 +93,12 @@ class _Calls:
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"request: {error}", field="request") from error
         write_parameters(parameters or {}, request.parameters)
-        parts: list[Buffer] = [request.SerializeToString()]
-        for name, value in inputs.items():
-            tensor = to_tensor(name, value)
-            parts += tensor_field(tensor.head, (tensor.data,))
-        return b"".join(parts)
+        return _with_inputs(request.SerializeToString(), inputs)
+
+    def explain_request(self, model: str, inputs: Mapping[str, Any], wish: Explain, revision: str, request_id: str) -> bytes:
+        """A serialised ExplainRequest. Raises InvalidRequest for what cannot be sent."""
+        request = inference_pb2.ExplainRequest(model=model, revision=revision, request_id=request_id, options=wish.to_options())
+        return _with_inputs(request.SerializeToString(), inputs)
 
     def infer_result(self, reply: UnaryReply) -> InferResult:
         return read_result(reply.response, reply.trailers, as_torch=self.as_torch)
@@ -133,6 +136,14 @@ class Client:
         (-100 to 100) goes first; `revision` is a content hash or a prefix of 8 or more digits."""
         message = self._calls.infer_request(model, inputs, outputs, revision, request_id, parameters, priority)
         return self._calls.infer_result(self._unary(_INFER, message, timeout_s))
+
+    def explain(
+        self, model: str, inputs: Mapping[str, Any], wish: Explain = Explain(), *, revision: str = "", request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> InferResult:
+        """How much each element of an input contributed: `attribution`, `score`, `chosen`, and more by method; see `tensorway.Explain`."""
+        message = self._calls.explain_request(model, inputs, wish, revision, request_id)
+        return self._calls.infer_result(self._unary(_EXPLAIN, message, timeout_s))
 
     def models(self, *, timeout_s: float | None = None) -> tuple[ModelDescription, ...]:
         """All models of the mesh, by name."""
@@ -193,6 +204,14 @@ class AsyncClient:
         message = self._calls.infer_request(model, inputs, outputs, revision, request_id, parameters, priority)
         return self._calls.infer_result(await self._unary(_INFER, message, timeout_s))
 
+    async def explain(
+        self, model: str, inputs: Mapping[str, Any], wish: Explain = Explain(), *, revision: str = "", request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> InferResult:
+        """See `Client.explain`."""
+        message = self._calls.explain_request(model, inputs, wish, revision, request_id)
+        return self._calls.infer_result(await self._unary(_EXPLAIN, message, timeout_s))
+
     async def models(self, *, timeout_s: float | None = None) -> tuple[ModelDescription, ...]:
         """See `Client.models`."""
         return self._calls.models(await self._unary(_LIST_MODELS, b"", timeout_s))
@@ -236,6 +255,15 @@ class AsyncClient:
             except TensorwayError as error:
                 pause_s = attempts.pause_s(error)
             await asyncio.sleep(pause_s)
+
+
+def _with_inputs(message: bytes, inputs: Mapping[str, Any]) -> bytes:
+    """A serialised request with its tensors, whose bytes are copied once."""
+    parts: list[Buffer] = [message]
+    for name, value in inputs.items():
+        tensor = to_tensor(name, value)
+        parts += tensor_field(tensor.head, (tensor.data,))
+    return b"".join(parts)
 
 
 def _pairs(metadata: Metadata) -> tuple[tuple[str, str], ...]:

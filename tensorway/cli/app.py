@@ -67,10 +67,12 @@ def up(
 
 def _register_commands() -> None:
     from tensorway.cli.doctor import doctor
+    from tensorway.cli.explain import explain
     from tensorway.cli.infer import infer
     from tensorway.cli.models import models_app
 
     app.command()(infer)
+    app.command()(explain)
     app.command()(doctor)
     app.add_typer(models_app, name="models")
 

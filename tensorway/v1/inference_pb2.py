@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tensorway.v1 import tensor_pb2 as tensorway_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctensorway/v1/inference.proto\x12\x0ctensorway.v1\x1a\x19tensorway/v1/tensor.proto\"\x9d\x02\n\x0cInferRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12$\n\x06inputs\x18\x04 \x03(\x0b\x32\x14.tensorway.v1.Tensor\x12\x14\n\x0coutput_names\x18\x05 \x03(\t\x12>\n\nparameters\x18\x06 \x03(\x0b\x32*.tensorway.v1.InferRequest.ParametersEntry\x12\x10\n\x08priority\x18\x07 \x01(\x05\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.tensorway.v1.Parameter:\x02\x38\x01\"\xf8\x01\n\rInferResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12%\n\x07outputs\x18\x04 \x03(\x0b\x32\x14.tensorway.v1.Tensor\x12?\n\nparameters\x18\x05 \x03(\x0b\x32+.tensorway.v1.InferResponse.ParametersEntry\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.tensorway.v1.Parameter:\x02\x38\x01\x32T\n\x10InferenceService\x12@\n\x05Infer\x12\x1a.tensorway.v1.InferRequest\x1a\x1b.tensorway.v1.InferResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctensorway/v1/inference.proto\x12\x0ctensorway.v1\x1a\x19tensorway/v1/tensor.proto\"\x9d\x02\n\x0cInferRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12$\n\x06inputs\x18\x04 \x03(\x0b\x32\x14.tensorway.v1.Tensor\x12\x14\n\x0coutput_names\x18\x05 \x03(\t\x12>\n\nparameters\x18\x06 \x03(\x0b\x32*.tensorway.v1.InferRequest.ParametersEntry\x12\x10\n\x08priority\x18\x07 \x01(\x05\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.tensorway.v1.Parameter:\x02\x38\x01\"\xf8\x01\n\rInferResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12%\n\x07outputs\x18\x04 \x03(\x0b\x32\x14.tensorway.v1.Tensor\x12?\n\nparameters\x18\x05 \x03(\x0b\x32+.tensorway.v1.InferResponse.ParametersEntry\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.tensorway.v1.Parameter:\x02\x38\x01\"\xc0\x02\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12$\n\x06inputs\x18\x04 \x03(\x0b\x32\x14.tensorway.v1.Tensor\x12@\n\nparameters\x18\x06 \x03(\x0b\x32,.tensorway.v1.ExplainRequest.ParametersEntry\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12-\n\x07options\x18\x08 \x01(\x0b\x32\x1c.tensorway.v1.ExplainOptions\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.tensorway.v1.Parameter:\x02\x38\x01J\x04\x08\x05\x10\x06\"\xd7\x01\n\x0e\x45xplainOptions\x12+\n\x06method\x18\x01 \x01(\x0e\x32\x1b.tensorway.v1.ExplainMethod\x12\r\n\x05input\x18\x02 \x01(\t\x12+\n\x06target\x18\x03 \x01(\x0b\x32\x1b.tensorway.v1.ExplainTarget\x12\x12\n\nnum_points\x18\x04 \x01(\r\x12\x10\n\x08\x62\x61seline\x18\x05 \x01(\x02\x12\x36\n\x0f\x64ifferentiation\x18\x06 \x01(\x0e\x32\x1d.tensorway.v1.Differentiation\"U\n\rExplainTarget\x12\x0e\n\x06output\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x03(\x03\x12%\n\x07weights\x18\x03 \x01(\x0b\x32\x14.tensorway.v1.Tensor\"\xfc\x01\n\x0f\x45xplainResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12%\n\x07outputs\x18\x04 \x03(\x0b\x32\x14.tensorway.v1.Tensor\x12\x41\n\nparameters\x18\x05 \x03(\x0b\x32-.tensorway.v1.ExplainResponse.ParametersEntry\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.tensorway.v1.Parameter:\x02\x38\x01*\x9a\x01\n\rExplainMethod\x12\x1e\n\x1a\x45XPLAIN_METHOD_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45XPLAIN_METHOD_SALIENCY\x10\x01\x12#\n\x1f\x45XPLAIN_METHOD_INPUT_X_GRADIENT\x10\x02\x12\'\n#EXPLAIN_METHOD_INTEGRATED_GRADIENTS\x10\x03*n\n\x0f\x44ifferentiation\x12\x1f\n\x1b\x44IFFERENTIATION_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44IFFERENTIATION_VJP\x10\x01\x12!\n\x1d\x44IFFERENTIATION_DIST_AUTOGRAD\x10\x02\x32\x9c\x01\n\x10InferenceService\x12@\n\x05Infer\x12\x1a.tensorway.v1.InferRequest\x1a\x1b.tensorway.v1.InferResponse\x12\x46\n\x07\x45xplain\x12\x1c.tensorway.v1.ExplainRequest\x1a\x1d.tensorway.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,6 +36,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFERREQUEST_PARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_INFERRESPONSE_PARAMETERSENTRY']._loaded_options = None
   _globals['_INFERRESPONSE_PARAMETERSENTRY']._serialized_options = b'8\001'
+  _globals['_EXPLAINREQUEST_PARAMETERSENTRY']._loaded_options = None
+  _globals['_EXPLAINREQUEST_PARAMETERSENTRY']._serialized_options = b'8\001'
+  _globals['_EXPLAINRESPONSE_PARAMETERSENTRY']._loaded_options = None
+  _globals['_EXPLAINRESPONSE_PARAMETERSENTRY']._serialized_options = b'8\001'
+  _globals['_EXPLAINMETHOD']._serialized_start=1496
+  _globals['_EXPLAINMETHOD']._serialized_end=1650
+  _globals['_DIFFERENTIATION']._serialized_start=1652
+  _globals['_DIFFERENTIATION']._serialized_end=1762
   _globals['_INFERREQUEST']._serialized_start=74
   _globals['_INFERREQUEST']._serialized_end=359
   _globals['_INFERREQUEST_PARAMETERSENTRY']._serialized_start=285
@@ -44,6 +52,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFERRESPONSE']._serialized_end=610
   _globals['_INFERRESPONSE_PARAMETERSENTRY']._serialized_start=285
   _globals['_INFERRESPONSE_PARAMETERSENTRY']._serialized_end=359
-  _globals['_INFERENCESERVICE']._serialized_start=612
-  _globals['_INFERENCESERVICE']._serialized_end=696
+  _globals['_EXPLAINREQUEST']._serialized_start=613
+  _globals['_EXPLAINREQUEST']._serialized_end=933
+  _globals['_EXPLAINREQUEST_PARAMETERSENTRY']._serialized_start=285
+  _globals['_EXPLAINREQUEST_PARAMETERSENTRY']._serialized_end=359
+  _globals['_EXPLAINOPTIONS']._serialized_start=936
+  _globals['_EXPLAINOPTIONS']._serialized_end=1151
+  _globals['_EXPLAINTARGET']._serialized_start=1153
+  _globals['_EXPLAINTARGET']._serialized_end=1238
+  _globals['_EXPLAINRESPONSE']._serialized_start=1241
+  _globals['_EXPLAINRESPONSE']._serialized_end=1493
+  _globals['_EXPLAINRESPONSE_PARAMETERSENTRY']._serialized_start=285
+  _globals['_EXPLAINRESPONSE_PARAMETERSENTRY']._serialized_end=359
+  _globals['_INFERENCESERVICE']._serialized_start=1765
+  _globals['_INFERENCESERVICE']._serialized_end=1921
 # @@protoc_insertion_point(module_scope)

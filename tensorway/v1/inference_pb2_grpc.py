@@ -40,6 +40,11 @@ class InferenceServiceStub:
                 request_serializer=tensorway_dot_v1_dot_inference__pb2.InferRequest.SerializeToString,
                 response_deserializer=tensorway_dot_v1_dot_inference__pb2.InferResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/tensorway.v1.InferenceService/Explain',
+                request_serializer=tensorway_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=tensorway_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -55,6 +60,14 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Tells how much each element of an input contributed to a result: derivatives of the model's output, taken across all ranks of the
+        group that answers. Runs alone, not in a batch with others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +75,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Infer,
                     request_deserializer=tensorway_dot_v1_dot_inference__pb2.InferRequest.FromString,
                     response_serializer=tensorway_dot_v1_dot_inference__pb2.InferResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=tensorway_dot_v1_dot_inference__pb2.ExplainRequest.FromString,
+                    response_serializer=tensorway_dot_v1_dot_inference__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +110,33 @@ class InferenceService:
             '/tensorway.v1.InferenceService/Infer',
             tensorway_dot_v1_dot_inference__pb2.InferRequest.SerializeToString,
             tensorway_dot_v1_dot_inference__pb2.InferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensorway.v1.InferenceService/Explain',
+            tensorway_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+            tensorway_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

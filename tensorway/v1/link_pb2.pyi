@@ -1,3 +1,4 @@
+from tensorway.v1 import inference_pb2 as _inference_pb2
 from tensorway.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -32,7 +33,7 @@ class TensorHead(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class RequestHead(_message.Message):
-    __slots__ = ("request_id", "model", "revision", "rows", "priority", "inputs", "output_names", "parameters", "traceparent")
+    __slots__ = ("request_id", "model", "revision", "rows", "priority", "inputs", "output_names", "parameters", "traceparent", "explain")
     class ParametersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +50,7 @@ class RequestHead(_message.Message):
     OUTPUT_NAMES_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     revision: str
@@ -58,7 +60,8 @@ class RequestHead(_message.Message):
     output_names: _containers.RepeatedScalarFieldContainer[str]
     parameters: _containers.MessageMap[str, _tensor_pb2.Parameter]
     traceparent: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., rows: _Optional[int] = ..., priority: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[TensorHead, _Mapping]]] = ..., output_names: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    explain: _inference_pb2.ExplainOptions
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., rows: _Optional[int] = ..., priority: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[TensorHead, _Mapping]]] = ..., output_names: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., traceparent: _Optional[str] = ..., explain: _Optional[_Union[_inference_pb2.ExplainOptions, _Mapping]] = ...) -> None: ...
 
 class ResponseHead(_message.Message):
     __slots__ = ("outputs", "parameters")

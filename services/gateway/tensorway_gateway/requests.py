@@ -50,6 +50,8 @@ class Arrival:
     #: When its bytes reached the servicer, seconds on `time.monotonic()`.
     arrived_s: float
     field_path: FieldPath = native_field
+    #: Serialised ExplainOptions; empty for a request that is not to be explained.
+    explain: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,8 @@ def write_request_head(arrival: Arrival, revision: str, rows: int) -> bytes:
     )
     if arrival.parameters:
         write_parameters(arrival.parameters, head.parameters)
+    if arrival.explain:
+        head.explain.MergeFromString(arrival.explain)
     return head.SerializeToString()
 
 

@@ -136,7 +136,8 @@ class Lane:
         except TensorwayError as error:
             self.batch_lost(group, None, requests, Unavailable(f"group {group.id}: {error}"))
             return
-        group.observe(batch, reply.step_us / 1e6, reply.wait_us / 1e6, now_s)
+        if not requests[0].is_explanation:
+            group.observe(batch, reply.step_us / 1e6, reply.wait_us / 1e6, now_s)
         self.metrics.batch(batch.rows, reply.step_us / 1e6)
         self.burst.answered(batch.rows, burst_window_s(self.limits, group.step_times), now_s)
         # The next batch first: the group must not wait while answers are written.

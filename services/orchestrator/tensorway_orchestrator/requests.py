@@ -32,6 +32,8 @@ class Request:
     arrived_s: float
     #: Who is to be answered.
     origin: Exchange
+    #: Comes alone, and its time says nothing about that of a step.
+    is_explanation: bool = False
     num_attempts: int = 0
     #: Groups that were lost with this request on them.
     lost_groups: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""`InferenceService.Infer` of the orchestrator itself, so that this hop can be called alone (grpcurl). Takes the same queue as the link."""
+"""`InferenceService` of the orchestrator itself, so that this hop can be called alone (grpcurl). Takes the same queue as the link."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from tensorway.v1 import inference_pb2, link_pb2, tensor_pb2
 from tensorway_orchestrator.dispatcher import Dispatcher
 
 INFER = "/tensorway.v1.InferenceService/Infer"
+EXPLAIN = "/tensorway.v1.InferenceService/Explain"
+_Request = inference_pb2.InferRequest | inference_pb2.ExplainRequest
 
 
 class InferenceServicer:
@@ -27,14 +29,29 @@ class InferenceServicer:
 
     def attach(self, server: Server) -> None:
         server.add_unary(INFER, self.infer)
+        server.add_unary(EXPLAIN, self.explain)
 
     async def infer(self, request_bytes: bytes, call: Call) -> bytes:
         try:
             request = inference_pb2.InferRequest.FromString(request_bytes)
         except DecodeError as error:
             raise InvalidRequest("the message is not an InferRequest", field="request") from error
+        return await self._run(request, link_pb2.RequestHead(output_names=request.output_names), call)
+
+    async def explain(self, request_bytes: bytes, call: Call) -> bytes:
+        try:
+            request = inference_pb2.ExplainRequest.FromString(request_bytes)
+        except DecodeError as error:
+            raise InvalidRequest("the message is not an ExplainRequest", field="request") from error
+        # Set even where no option is: its presence is what tells the request apart.
+        head = link_pb2.RequestHead()
+        head.explain.CopyFrom(request.options)
+        return await self._run(request, head, call)
+
+    async def _run(self, request: _Request, head: link_pb2.RequestHead, call: Call) -> bytes:
+        """An InferResponse; an ExplainResponse has the same fields."""
         lane = self._dispatcher.lane(request.model, request.revision)
-        head, payload = _to_head(request, lane.spec)
+        payload = _fill_head(head, request, lane.spec)
         deadline = call.deadline or Deadline.after(lane.spec.default_timeout_s or DEFAULT_TIMEOUT_S)
         exchange = UnaryExchange(head.SerializeToString(), payload, deadline)
         call.on_cancel(exchange.cancel)
@@ -71,11 +88,10 @@ class UnaryExchange:
         self.outcome.cancel()
 
 
-def _to_head(request: inference_pb2.InferRequest, spec: RevisionSpec) -> tuple[link_pb2.RequestHead, Payload]:
-    head = link_pb2.RequestHead(
-        request_id=request.request_id, model=request.model, revision=request.revision, rows=1, priority=request.priority,
-        output_names=request.output_names,
-    )
+def _fill_head(head: link_pb2.RequestHead, request: _Request, spec: RevisionSpec) -> Payload:
+    """Describes `request` in `head`; returns its tensors' bytes."""
+    head.request_id, head.model, head.revision = request.request_id, request.model, request.revision
+    head.rows, head.priority = 1, request.priority
     for name, value in request.parameters.items():
         head.parameters[name].CopyFrom(value)
     payload: list[bytes] = []
@@ -89,10 +105,10 @@ def _to_head(request: inference_pb2.InferRequest, spec: RevisionSpec) -> tuple[l
         payload.append(content)
         if spec.signature.is_batchable:
             head.rows = tensor.shape[0] if tensor.shape else 1
-    return head, tuple(payload)
+    return tuple(payload)
 
 
-def _to_response(request: inference_pb2.InferRequest, reply: Reply) -> inference_pb2.InferResponse:
+def _to_response(request: _Request, reply: Reply) -> inference_pb2.InferResponse:
     head = link_pb2.ReplyHead.FromString(reply.head)
     outputs = link_pb2.ResponseHead.FromString(head.response)
     response = inference_pb2.InferResponse(model=request.model, revision=head.revision, request_id=request.request_id)

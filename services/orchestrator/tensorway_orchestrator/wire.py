@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
@@ -15,6 +17,8 @@ from tensorway.transport.port import Exchange, Payload
 from tensorway.v1 import link_pb2
 from tensorway_orchestrator.batching import ShapeRule
 from tensorway_orchestrator.requests import Request
+
+_EXPLANATIONS: Final = count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,11 @@ def read_request(envelope: Envelope, exchange: Exchange, rule: ShapeRule, now_s:
     """The request as the queue holds it."""
     message = envelope.head
     key: tuple[int, ...] = ()
-    if rule.dimensions:
+    is_explanation = message.HasField("explain")
+    if is_explanation:
+        # A key like no other: nothing is joined with it.
+        key = (-1, next(_EXPLANATIONS))
+    elif rule.dimensions:
         key = rule.shape_key({tensor.name: tuple(tensor.shape) for tensor in message.inputs})
     return Request(
         request_id=message.request_id,
@@ -52,6 +60,7 @@ def read_request(envelope: Envelope, exchange: Exchange, rule: ShapeRule, now_s:
         payload=exchange.payload,
         arrived_s=now_s,
         origin=exchange,
+        is_explanation=is_explanation,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -18,17 +19,20 @@ from tensorway_gateway.path import RequestPath
 from tensorway_gateway.requests import MAX_NUM_DIMENSIONS, MAX_NUM_ITEMS, Answered, Arrival
 from tensorway_gateway.wire import DTYPES, read_bounded_parameters
 
+#: Points of integrated gradients where the request does not say.
+DEFAULT_NUM_POINTS: Final = 50
 SERVICE: Final = "tensorway.v1.InferenceService"
 
 
 class InferenceServicer:
-    """Answers Infer."""
+    """Answers Infer and Explain."""
 
     def __init__(self, path: RequestPath) -> None:
         self._path = path
 
     def attach(self, server: Server) -> None:
         server.add_unary(f"/{SERVICE}/Infer", self.infer)
+        server.add_unary(f"/{SERVICE}/Explain", self.explain)
 
     async def infer(self, message: bytes, call: Call) -> bytes:
         """InferRequest bytes in, InferResponse bytes out."""
@@ -36,13 +40,32 @@ class InferenceServicer:
         request = self._read(message, arrived_s)
         return _write(await self._path.run(request, call), request.model)
 
+    async def explain(self, message: bytes, call: Call) -> bytes:
+        """ExplainRequest bytes in, ExplainResponse bytes out: an InferResponse has the same fields."""
+        arrived_s = time.monotonic()
+        message, lifted = lift_tensors(message)
+        try:
+            request = inference_pb2.ExplainRequest.FromString(message)
+        except DecodeError as error:
+            raise InvalidRequest("the message is no ExplainRequest", field="request") from error
+        # Set even where no option is: its presence is what tells the request apart.
+        request.options.num_points = request.options.num_points or DEFAULT_NUM_POINTS
+        arrival = self._arrival(request, (), lifted, arrived_s, request.options.SerializeToString())
+        return _write(await self._path.run(arrival, call), request.model)
+
     def _read(self, message: bytes, arrived_s: float) -> Arrival:
         message, lifted = lift_tensors(message)
         try:
             request = inference_pb2.InferRequest.FromString(message)
         except DecodeError as error:
             raise InvalidRequest("the message is no InferRequest", field="request") from error
-        if len(request.inputs) > MAX_NUM_ITEMS or len(request.output_names) > MAX_NUM_ITEMS:
+        return self._arrival(request, tuple(request.output_names), lifted, arrived_s, b"")
+
+    def _arrival(
+        self, request: inference_pb2.InferRequest | inference_pb2.ExplainRequest, output_names: tuple[str, ...],
+        lifted: Mapping[int, Buffer], arrived_s: float, explain: bytes,
+    ) -> Arrival:
+        if len(request.inputs) > MAX_NUM_ITEMS or len(output_names) > MAX_NUM_ITEMS:
             raise InvalidRequest(f"inputs: more than {MAX_NUM_ITEMS} inputs or output names", field="inputs")
         num_bytes = 0
         inputs: list[Tensor] = []
@@ -59,8 +82,9 @@ class InferenceServicer:
             inputs.append(Tensor(tensor.name, dtype, tuple(tensor.shape), content))
         return Arrival(
             model=request.model, revision=request.revision, is_version=False, request_id=self._path.request_id(request.request_id),
-            inputs=tuple(inputs), output_names=tuple(request.output_names), parameters=read_bounded_parameters(request.parameters),
+            inputs=tuple(inputs), output_names=output_names, parameters=read_bounded_parameters(request.parameters),
             priority=request.priority, timeout_s=None, num_bytes=num_bytes, arrived_s=arrived_s,
+            explain=explain,
         )
 
 

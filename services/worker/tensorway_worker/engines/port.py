@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from tensorway.errors import InvalidRequest, ModelFailed, TensorwayError
-from tensorway.model import Inputs, InvalidInput, Outputs, Parameters
+from tensorway.errors import InvalidRequest, ModelFailed, OutOfMemory, TensorwayError
+from tensorway.model import Inputs, InvalidInput, Outputs, Parameters, Value
 from tensorway_worker.topology import Place
 
 if TYPE_CHECKING:
@@ -80,12 +80,16 @@ class Engine(Protocol):
     def example(self, rows: int) -> Inputs | None:
         """Inputs of `run` for warming up, on the CPU; None to have them made from the signature."""
 
+    def tokens(self, name: str, value: Value) -> Value | None:
+        """The text of each element of the integer input `name`, same shape, as `bytes` objects; None where it has no tokeniser."""
+
     def memory_bytes(self) -> int:
         """Bytes that the model's weights take."""
 
 
 def model_error(error: Exception, directory: Path, doing: str) -> TensorwayError:
-    """What a model's exception means to the caller: INVALID_ARGUMENT if the model says so, else ModelFailed with its own words.
+    """What a model's exception means to the caller: INVALID_ARGUMENT if the model says so, OutOfMemory where memory ran out, else ModelFailed
+    with its own words.
 
     The message ends with the last frame inside the author's files, e.g. `(model.py:12 in forward)`.
     """
@@ -94,7 +98,16 @@ def model_error(error: Exception, directory: Path, doing: str) -> TensorwayError
     if isinstance(error, InvalidInput):
         return InvalidRequest(str(error), field=error.field)
     text = str(error).strip() or "no message"
+    if _is_out_of_memory(error):
+        return OutOfMemory(f"{doing} ran out of memory: {text.splitlines()[0]}")
     return ModelFailed(f"{doing} raised {type(error).__name__}: {text}{_authors_frame(error, directory)}")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a type of its own for a device's memory, and only words for the host's (c10/core/impl/alloc_cpu.cpp)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "not enough memory" in str(error))
 
 
 def _authors_frame(error: Exception, directory: Path) -> str:

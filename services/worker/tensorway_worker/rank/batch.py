@@ -18,6 +18,7 @@ from tensorway.errors import ModelFailed
 from tensorway.model import Inputs, Parameters, Value
 from tensorway.tensors import DataType
 from tensorway.transport.port import Payload
+from tensorway_worker.rank.explain import ExplainOrder
 from tensorway_worker.rank.layout import Layout
 from tensorway_worker.rank.received import TORCH_OF, flat_tensor, pinned_tensor, value_of
 
@@ -37,6 +38,8 @@ class Request(NamedTuple):
     parameters: Parameters
     #: On `time.monotonic()`.
     deadline_s: float
+    #: Set: the request is to be explained, in a step of its own.
+    explain: ExplainOrder | None = None
 
     def values(self) -> Inputs:
         """Its inputs as tensors. Raises InvalidRequest where BYTES content is malformed."""
@@ -62,7 +65,13 @@ class Prepared(NamedTuple):
 def as_received(place: int, request: Request) -> Prepared:
     """A request of a model without preprocessing. Its BYTES inputs are decoded here: what is malformed must fail this request alone."""
     layout = request.layout
-    return Prepared(place, request, request.values() if layout.has_bytes else None, layout.rows, layout.join_key)
+    key = layout.join_key if request.explain is None else _alone(place)
+    return Prepared(place, request, request.values() if layout.has_bytes else None, layout.rows, key)
+
+
+def _alone(place: int) -> tuple[object, ...]:
+    """A key that no other request of the batch has."""
+    return ("alone", place)
 
 
 def preprocessed(place: int, request: Request, values: Inputs, is_batchable: bool, padding: Mapping[str, float]) -> Prepared:
@@ -76,7 +85,7 @@ def preprocessed(place: int, request: Request, values: Inputs, is_batchable: boo
     key = sorted(
         (name, str(value.dtype), value.ndim if name in padding else tuple(value.shape[1:])) for name, value in values.items()
     )
-    return Prepared(place, request, values, int(rows.pop()[0]), tuple(key))
+    return Prepared(place, request, values, int(rows.pop()[0]), tuple(key) if request.explain is None else _alone(place))
 
 
 def group(prepared: Sequence[Prepared], is_batchable: bool) -> list[list[Prepared]]:

@@ -1,4 +1,4 @@
-"""Between the wire's messages and a leader's dataclasses; the only module of the rank that sees protobuf."""
+"""Between the wire's messages and a leader's dataclasses; with `explain_codec.py` the only module of the rank that sees protobuf."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tensorway.tensors import Buffer
 from tensorway.transport.port import Payload
 from tensorway.v1 import inference_pb2, link_pb2, tensor_pb2
 from tensorway_worker.rank.batch import Request
+from tensorway_worker.rank.explain_codec import read_order
 from tensorway_worker.rank.layout import Layout, Layouts
 from tensorway_worker.rank.outputs import Answer, OutputHead
 
@@ -97,6 +98,8 @@ class Codec:
             parameters,
             now_s + (remaining_us / 1e6 if remaining_us else _MAX_DEADLINE_S),
         )
+        if head.HasField("explain"):
+            return _explained(request, head.explain)
         return self._checked(request) if names else request
 
     def _new_layout(self, key: tuple[bytes, ...], head: link_pb2.RequestHead) -> Layout:
@@ -149,6 +152,24 @@ class Codec:
             infer = inference_pb2.InferRequest.FromString(message)
         except DecodeError as error:
             raise InvalidRequest("the message is not an InferRequest") from error
+        request = self._read_unary(infer, tuple(infer.output_names), deadline_s)
+        self._check(request)
+        return request
+
+    def read_explain(self, message: bytes, deadline_s: float) -> Request:
+        """One ExplainRequest; raises like `read_infer`."""
+        try:
+            explain = inference_pb2.ExplainRequest.FromString(message)
+        except DecodeError as error:
+            raise InvalidRequest("the message is not an ExplainRequest") from error
+        request = _explained(self._read_unary(explain, (), deadline_s), explain.options)
+        if isinstance(request, TensorwayError):
+            raise request
+        return request
+
+    def _read_unary(
+        self, infer: inference_pb2.InferRequest | inference_pb2.ExplainRequest, output_names: tuple[str, ...], deadline_s: float
+    ) -> Request:
         if infer.model != self._model:
             raise NotFound(f"this group serves {self._model}, not {infer.model!r}", field="model")
         if infer.revision and not self._revision.startswith(infer.revision):
@@ -157,12 +178,10 @@ class Codec:
         if layout.error is not None:
             raise _again(layout.error)
         data = tuple((one.data,) for one in infer.inputs)
-        request = Request(infer.request_id, layout, data, tuple(infer.output_names), read_parameters(infer.parameters), deadline_s)
-        self._check(request)
-        return request
+        return Request(infer.request_id, layout, data, output_names, read_parameters(infer.parameters), deadline_s)
 
     def write_infer(self, request_id: str, answer: Answer) -> bytes:
-        """One InferResponse."""
+        """One InferResponse; an ExplainResponse has the same fields."""
         outputs = [
             tensor_pb2.Tensor(name=name, dtype=dtype, shape=shape, data=bytes(data))  # type: ignore[arg-type]
             for (name, dtype, shape, _), data in zip(answer.heads, answer.payload, strict=True)
@@ -170,6 +189,13 @@ class Codec:
         response = inference_pb2.InferResponse(model=self._model, revision=self._revision, request_id=request_id, outputs=outputs)
         write_parameters(answer.parameters, response.parameters)
         return response.SerializeToString()
+
+
+def _explained(request: Request, options: inference_pb2.ExplainOptions) -> Request | TensorwayError:
+    try:
+        return request._replace(explain=read_order(options))
+    except InvalidRequest as error:
+        return error
 
 
 def _detail(error: TensorwayError) -> link_pb2.ErrorDetail:

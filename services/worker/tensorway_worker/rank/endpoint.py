@@ -19,7 +19,7 @@ from tensorway_worker.rank.codec import Codec
 from tensorway_worker.rank.executor import Executor
 from tensorway_worker.rank.launch import RankLaunch
 from tensorway_worker.rank.layout import Layouts
-from tensorway_worker.rank.leader import INFER, Leader
+from tensorway_worker.rank.leader import EXPLAIN, INFER, Leader
 from tensorway_worker.rank.step import BatchRunner
 
 _LOG = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Endpoint:
         self._links = LinkServer(self._leader.on_exchange, launch.max_message_bytes)
         self._links.attach(self._server)
         self._server.add_unary(INFER, self._leader.infer)
+        self._server.add_unary(EXPLAIN, self._leader.explain)
         self._health = HealthService((INFERENCE_SERVICE, LINK_SERVICE))
         self._health.attach(self._server)
         add_reflection(self._server, (INFERENCE_SERVICE, LINK_SERVICE, HEALTH_SERVICE))

@@ -17,7 +17,10 @@ import torch
 
 from tensorway.errors import InvalidRequest
 from tensorway.model import Inputs, Outputs
+from tensorway.signature import RevisionSpec
+from tensorway_worker.engines.port import Engine
 from tensorway_worker.rank.gradient_port import Differentiator, Gradient, Target
+from tensorway_worker.rank.group_port import RankGroup
 
 SALIENCY: Final = "saliency"
 INPUT_X_GRADIENT: Final = "input_x_gradient"
@@ -47,10 +50,12 @@ class ExplainOrder:
 class Explainer:
     """Carries out orders, in the thread that runs steps."""
 
-    def __init__(self, differentiator: Differentiator, max_rows: int) -> None:
-        self._differentiator = differentiator
+    def __init__(self, group: RankGroup, engine: Engine, spec: RevisionSpec) -> None:
+        self._group = group
+        self._engine = engine
+        self._output = spec.signature.outputs[0].name
         #: Points of integrated gradients share a step up to this many rows.
-        self._max_rows = max_rows
+        self._max_rows = spec.batching.max_rows
 
     def explain(self, inputs: Inputs, order: ExplainOrder) -> Outputs:
         """`attribution` (float, one number for each element of the input), `score` [rows], `chosen` [rows] (the flat index of the element
@@ -63,9 +68,14 @@ class Explainer:
             raise InvalidRequest(f"method: must be one of {', '.join(METHODS)}, got {order.method!r}", field="method")
         if not 0 <= order.num_points <= MAX_NUM_POINTS:
             raise InvalidRequest(f"num_points: {order.num_points} is outside 0 to {MAX_NUM_POINTS}", field="num_points")
-        at_input = self._differentiator.gradient(inputs, order.input, None, order.target)
-        is_embedded = at_input.value.ndim > _ndim(inputs, order.input)
+        order = self._completed(order, inputs)
+        differentiator = self._group.differentiator(order.differentiation)
+        at_input = differentiator.gradient(inputs, order.input, None, order.target)
+        is_embedded = at_input.value.ndim > inputs[order.input].ndim
         outputs: Outputs = {"score": at_input.score, "chosen": _chosen(at_input)}
+        tokens = self._engine.tokens(order.input, inputs[order.input])
+        if tokens is not None:
+            outputs["tokens"] = tokens
         if order.method == SALIENCY:
             gradient = at_input.gradient
             outputs["attribution"] = gradient.norm(dim=-1) if is_embedded else gradient.abs()
@@ -73,11 +83,23 @@ class Explainer:
         if order.method == INPUT_X_GRADIENT:
             full = at_input.value * at_input.gradient
         else:
-            full, outputs["gap"] = self._integrated(inputs, order, at_input)
+            full, outputs["gap"] = self._integrated(differentiator, inputs, order, at_input)
         outputs["attribution"] = full.sum(dim=-1) if is_embedded else full
         return outputs
 
-    def _integrated(self, inputs: Inputs, order: ExplainOrder, at_input: Gradient) -> tuple[torch.Tensor, torch.Tensor]:
+    def _completed(self, order: ExplainOrder, inputs: Inputs) -> ExplainOrder:
+        """With the input and the output that the order leaves open. Raises InvalidRequest where no input has a derivative."""
+        target = order.target if order.target.output else replace(order.target, output=self._output)
+        if order.input:
+            return replace(order, target=target)
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and (value.is_floating_point() or self._engine.embedding(name) is not None):
+                return replace(order, target=target, input=name)
+        raise InvalidRequest(f"input: none of {', '.join(inputs)} has a derivative or an embedding", field="input")
+
+    def _integrated(
+        self, differentiator: Differentiator, inputs: Inputs, order: ExplainOrder, at_input: Gradient
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attributions of integrated gradients, same shape as the value, and the gap of each row."""
         value = at_input.value
         baseline = torch.full_like(value, order.baseline)
@@ -88,11 +110,11 @@ class Explainer:
         for weights, points in self._points(order, len(value)):
             batch = torch.cat([baseline + point * (value - baseline) for point in points])
             on_the_way = target if chosen is None else replace(target, flat=chosen.repeat(len(points)))
-            found = self._differentiator.gradient(_repeat(inputs, len(points)), order.input, batch, on_the_way)
+            found = differentiator.gradient(_repeat(inputs, len(points)), order.input, batch, on_the_way)
             parts = found.gradient.reshape(len(points), *value.shape)
             mean += torch.einsum("p,p...->...", torch.tensor(weights, dtype=parts.dtype, device=parts.device), parts)
         attribution = (value - baseline) * mean
-        at_baseline = self._differentiator.gradient(inputs, order.input, baseline, target)
+        at_baseline = differentiator.gradient(inputs, order.input, baseline, target)
         return attribution, attribution.flatten(1).sum(1) - (at_input.score - at_baseline.score)
 
     def _points(self, order: ExplainOrder, rows: int) -> list[tuple[list[float], list[float]]]:
@@ -102,10 +124,6 @@ class Explainer:
         pairs = [(float(weight) / 2, (float(place) + 1) / 2) for place, weight in zip(places, weights, strict=True)]
         portions = [pairs[start : start + share] for start in range(0, len(pairs), share)]
         return [([weight for weight, _ in portion], [point for _, point in portion]) for portion in portions]
-
-
-def _ndim(inputs: Inputs, name: str) -> int:
-    return inputs[name].ndim
 
 
 def _chosen(found: Gradient) -> torch.Tensor:

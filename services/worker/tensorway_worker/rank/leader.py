@@ -22,6 +22,7 @@ from typing import Final
 from tensorway.deadline import DEFAULT_TIMEOUT_S, Deadline
 from tensorway.errors import Cancelled, InternalError, Overloaded, TensorwayError, Unavailable, as_tensorway_error
 from tensorway.transport.port import Call, Exchange
+from tensorway_worker.rank.batch import Request
 from tensorway_worker.rank.codec import Batch, Codec, Times
 from tensorway_worker.rank.executor import Executor
 from tensorway_worker.rank.outputs import Answer
@@ -30,6 +31,7 @@ from tensorway_worker.rank.step import BatchRunner, Staged, is_fatal
 _LOG = logging.getLogger(__name__)
 
 INFER: Final = "/tensorway.v1.InferenceService/Infer"
+EXPLAIN: Final = "/tensorway.v1.InferenceService/Explain"
 #: Batches accepted at once: one runs, the others wait. Two orchestrators may each keep two in flight.
 MAX_BATCHES: Final = 4
 #: What a refused batch is told to wait when no step has been measured yet, seconds.
@@ -120,8 +122,13 @@ class Leader:
 
     async def infer(self, message: bytes, call: Call) -> bytes:
         """One InferRequest, run as a batch of one."""
-        deadline = call.deadline or Deadline.after(DEFAULT_TIMEOUT_S)
-        request = self._codec.read_infer(message, deadline.at_s)
+        return await self._unary(self._codec.read_infer(message, _deadline(call).at_s), call)
+
+    async def explain(self, message: bytes, call: Call) -> bytes:
+        """One ExplainRequest."""
+        return await self._unary(self._codec.read_explain(message, _deadline(call).at_s), call)
+
+    async def _unary(self, request: Request, call: Call) -> bytes:
         num_bytes = request.layout.num_bytes
         future: asyncio.Future[Results] = self._loop.create_future()
 
@@ -239,3 +246,7 @@ class Leader:
         if not self._num_accepted:
             self._idle.set()
         accepted.answered(results, accepted.times)
+
+
+def _deadline(call: Call) -> Deadline:
+    return call.deadline or Deadline.after(DEFAULT_TIMEOUT_S)

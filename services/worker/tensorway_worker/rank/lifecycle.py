@@ -23,6 +23,7 @@ from tensorway.model_directory import ModelDirectory, load_directory
 from tensorway_worker.engines.port import Cut
 from tensorway_worker.rank.endpoint import Endpoint
 from tensorway_worker.rank.executor import Executor
+from tensorway_worker.rank.explain import Explainer
 from tensorway_worker.rank.facts import Facts
 from tensorway_worker.rank.formation import Formed, join, load
 from tensorway_worker.rank.group import LinkedGroup
@@ -88,7 +89,8 @@ class Rank:
         formed = await self._form(directory, executor, report, store)
         engine, group = formed.engine, formed.group
         facts.weights_bytes = await self._unless_stopped(executor.run(engine.memory_bytes))
-        runner = BatchRunner(engine, directory.spec, directory.path, group.run)
+        explainer = Explainer(group, engine, directory.spec)
+        runner = BatchRunner(engine, directory.spec, directory.path, group.run, explainer)
         endpoint: Endpoint | None = None
         try:
             if launch.rank == 0:

@@ -120,6 +120,15 @@ class OutputRules:
         return _answer(pieces)._replace(parameters=plain) if plain else _answer(pieces)
 
 
+def unchecked_answer(outputs: Outputs) -> Answer:
+    """Outputs that no signature declares, as they are: what Explain returns."""
+    pieces: list[tuple[OutputHead, Buffer]] = []
+    for name, value in outputs.items():
+        dtype = DATA_TYPE_OF[value.dtype] if isinstance(value, torch.Tensor) else DataType.BYTES
+        pieces.append(_piece(TensorSpec(name, dtype, ()), value))
+    return _answer(pieces)
+
+
 def cut_rows(outputs: Outputs, step: Sequence[Prepared]) -> list[Outputs]:
     """Each request's rows of all outputs, as views: what postprocess gets. Raises ModelFailed where an output has other rows."""
     total = sum(item.rows for item in step)

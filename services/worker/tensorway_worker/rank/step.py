@@ -21,8 +21,9 @@ from tensorway.model import Inputs, Outputs
 from tensorway.signature import RevisionSpec
 from tensorway_worker.engines.port import Engine, model_error
 from tensorway_worker.rank.batch import Prepared, Request, as_received, group, join, preprocessed
+from tensorway_worker.rank.explain import Explainer
 from tensorway_worker.rank.group_port import GroupLost, StepRunner
-from tensorway_worker.rank.outputs import Answer, OutputRules, cut_rows, to_host
+from tensorway_worker.rank.outputs import Answer, OutputRules, cut_rows, to_host, unchecked_answer
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,12 +53,13 @@ class Staged:
 class BatchRunner:
     """Takes batches of one revision through its engine."""
 
-    def __init__(self, engine: Engine, spec: RevisionSpec, directory: Path, run_step: StepRunner) -> None:
+    def __init__(self, engine: Engine, spec: RevisionSpec, directory: Path, run_step: StepRunner, explainer: Explainer) -> None:
         self.rules = OutputRules(spec.signature)
         self.padding: Mapping[str, float] = {**{rule.input: rule.value for rule in spec.batching.padding}, **engine.padding}
         self._engine = engine
         self._directory = directory
         self._run_step = run_step
+        self._explainer = explainer
         self._is_batchable = spec.signature.is_batchable
         threads = engine.preprocess_threads if engine.has_preprocess else 1
         self._pool = ThreadPoolExecutor(threads, "preprocess") if threads > 1 else None
@@ -136,8 +138,10 @@ class BatchRunner:
 
     def _try(self, staged: Staged, step: Step) -> TensorwayError | None:
         inputs, step.inputs = step.inputs, None
+        order = step.prepared[0].request.explain
         try:
-            staged.ran.append((step.prepared, to_host(self._run_step(inputs or {}))))
+            outputs = self._run_step(inputs or {}) if order is None else self._explainer.explain(inputs or {}, order)
+            staged.ran.append((step.prepared, to_host(outputs)))
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -172,6 +176,9 @@ class BatchRunner:
         return [result if result is not None else _unanswered() for result in staged.results]
 
     def _finish(self, staged: Staged, prepared: list[Prepared], outputs: Outputs) -> None:
+        if prepared[0].request.explain is not None:
+            staged.results[prepared[0].place] = unchecked_answer(outputs)
+            return
         if not self._engine.has_postprocess:
             for item, answer in zip(prepared, self.rules.split(outputs, prepared), strict=True):
                 staged.results[item.place] = answer
