@@ -68,7 +68,7 @@ def write(path: Path, tables: Sequence[str], quick: bool) -> None:
     """Writes the results with the machine they were measured on."""
     how = "`make bench`" + (" with --quick" if quick else "")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    head = f"# Results\n\nMeasured by {how} on {today}.\n\n{_machine()}\n\n"
+    head = f"# Results\n\nMeasured by {how} on {today}.\n\n{machine()}\n\n"
     path.write_text(head + "\n".join(tables), encoding="utf-8")
     print(f"wrote {path}")
 
@@ -78,7 +78,7 @@ def _table(title: str, head: str, rows: Sequence[str]) -> str:
     return "\n".join([f"## {title}", "", head, ruler, *rows, ""])
 
 
-def _machine() -> str:
+def machine() -> str:
     info = Path("/proc/cpuinfo").read_text()
     found = re.search(r"model name\s*: (.+)", info)
     memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())

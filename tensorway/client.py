@@ -41,6 +41,8 @@ _LIST_MODELS: Final = "/tensorway.v1.ModelService/ListModels"
 _GET_MODEL: Final = "/tensorway.v1.ModelService/GetModel"
 _GET_TOPOLOGY: Final = "/tensorway.v1.MeshService/GetTopology"
 _CHECK: Final = "/grpc.health.v1.Health/Check"
+#: Integrated gradients of what the model itself finds largest.
+_EXPLAIN_ALL: Final = Explain()
 #: A grpc.health.v1 request for the whole server, and the response that says SERVING (field 1 = 1).
 _CHECK_ALL: Final = b""
 _SERVING: Final = b"\x08\x01"
@@ -138,7 +140,7 @@ class Client:
         return self._calls.infer_result(self._unary(_INFER, message, timeout_s))
 
     def explain(
-        self, model: str, inputs: Mapping[str, Any], wish: Explain = Explain(), *, revision: str = "", request_id: str = "",
+        self, model: str, inputs: Mapping[str, Any], wish: Explain = _EXPLAIN_ALL, *, revision: str = "", request_id: str = "",
         timeout_s: float | None = None,
     ) -> InferResult:
         """How much each element of an input contributed: `attribution`, `score`, `chosen`, and more by method; see `tensorway.Explain`."""
@@ -205,7 +207,7 @@ class AsyncClient:
         return self._calls.infer_result(await self._unary(_INFER, message, timeout_s))
 
     async def explain(
-        self, model: str, inputs: Mapping[str, Any], wish: Explain = Explain(), *, revision: str = "", request_id: str = "",
+        self, model: str, inputs: Mapping[str, Any], wish: Explain = _EXPLAIN_ALL, *, revision: str = "", request_id: str = "",
         timeout_s: float | None = None,
     ) -> InferResult:
         """See `Client.explain`."""

@@ -67,6 +67,7 @@ class ModelContext:
     #: Element type of floating-point weights: `keep`, `float32`, `bfloat16` or `float16`; `load_weights` already obeys it.
     weights_dtype: str = "keep"
     _load_weights: Callable[[Path], dict[str, Any]] | None = field(default=None, repr=False)
+    _load_into: Callable[[Any, Path, str], None] | None = field(default=None, repr=False)
 
     def file(self, path: str) -> Path:
         """Where the declared file `path` lies. Raises FileNotFoundError saying how to fetch it."""
@@ -83,6 +84,23 @@ class ModelContext:
         if self._load_weights is None:
             raise RuntimeError("this context was made without a weights loader")
         return self._load_weights(self.file(path))
+
+    def load_into(self, module: torch.nn.Module, path: str, prefix: str = "") -> None:
+        """Fills a module's parameters and buffers from a declared weights file, on `device`, in `weights_dtype`.
+
+        Works with any `parallel`: where the model is cut, every rank builds the module without memory, this call only notes which file its
+        weights are in, and after the cut each rank reads its own part of the file. So use the weights in `forward`, not in `load`.
+
+        Args:
+            module: held by an attribute of the model, or by one of its `stages`. Afterwards in evaluation mode, without gradients.
+            path: a declared file: safetensors (also several by their index), GGUF, or a torch state dict.
+            prefix: what the file's names have in front of the module's own, e.g. `encoder.`.
+
+        Raises FailedPrecondition where the file lacks one of the module's weights.
+        """
+        if self._load_into is None:
+            raise RuntimeError("this context was made without a weights loader")
+        self._load_into(module, self.file(path), prefix)
 
 
 class Model:
@@ -128,9 +146,13 @@ class Model:
         """What `forward` takes, with `rows` rows, for warming up; None has it made from zeros by the signature and `preprocess`."""
         return None
 
-    def stages(self) -> Sequence[Any]:
-        """The model as consecutive `torch.nn.Module`s, each taking what the one before returns: how it may be cut into pipeline stages.
+    def stages(self) -> Sequence[torch.nn.Module]:
+        """The model as consecutive modules: how it may be cut into pipeline stages. Called after `load`.
 
-        Nothing cuts a model yet: a node refuses `parallel` above 1 x 1.
+        The first takes `forward`'s dictionary of inputs, the last returns its dictionary of outputs; in between, each takes what the one
+        before returned: a tensor, a tuple of tensors or a dictionary of tensors. One after the other they must do what `forward` does. A
+        rank runs a run of them, so give at least as many as `parallel.pipeline`; more let Tensorway balance the ranks.
+
+        None (an empty sequence): where `parallel` asks for it, Tensorway looks for places at which `forward` can be cut by itself.
         """
         return ()

@@ -1,7 +1,8 @@
 """A model directory: `model.yaml`, optional `model.py`, and files that are either there or fetched by `tensorway models fetch`.
 
-The schema below is the whole of model.yaml. `load_directory` reads one directory and names every bad field at once; the **revision** is a
-SHA-256 over model.yaml, every file beside it and the declared hash of every declared file, so two equal directories are one revision.
+The schema below is the whole of model.yaml, once TorchServe's keys have been translated (`torchserve_keys.py`). `load_directory` reads
+one directory and names every bad field at once; the **revision** is a SHA-256 over model.yaml, every file beside it and the declared hash
+of every declared file, so two equal directories are one revision.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tensorway.errors import FailedPrecondition
 from tensorway.signature import ROWS, Batching, Padding, RevisionSpec, Signature, TensorSpec
 from tensorway.tensors import DataType
+from tensorway.torchserve_keys import translated
 
 MODEL_FILE = "model.yaml"
 #: Where declared files land inside the directory; git-ignored, and not hashed (their declared SHA-256 is).
@@ -80,10 +82,33 @@ class FileYaml(_Strict):
 
 
 class ParallelYaml(_Strict):
-    """How many ranks hold one copy: pipeline stages x tensor shards."""
+    """How many ranks hold one copy: pipeline stages x tensor shards, on one node or several; or one rank with several devices."""
 
-    pipeline: Annotated[int, Field(ge=1)] = 1
-    tensor: Annotated[int, Field(ge=1)] = 1
+    pipeline: Annotated[int, Field(ge=1, le=1024)] = 1
+    tensor: Annotated[int, Field(ge=1, le=1024)] = 1
+    #: Nodes that the ranks are spread over, in equal consecutive blocks.
+    nodes: Annotated[int, Field(ge=1)] = 1
+    #: Micro-batches that a batch goes through the pipeline as; 0 lets Tensorway choose.
+    micro_batches: Annotated[int, Field(ge=0)] = 0
+    #: Devices that one rank manages by itself; 0: the group is no such group.
+    custom: Annotated[int, Field(ge=0)] = 0
+    #: When a cut group's outputs are compared with the uncut model's at load.
+    verify: Literal["auto", "always", "off"] = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ParallelYaml:
+        if self.world_size % self.nodes:
+            raise ValueError(
+                f"nodes is {self.nodes}, which does not divide pipeline x tensor = {self.world_size} ranks into equal blocks"
+            )
+        if self.custom and self.world_size > 1:
+            raise ValueError("custom is one rank that manages its devices by itself; leave pipeline and tensor out, or custom")
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the group."""
+        return self.pipeline * self.tensor
 
 
 class ModelYaml(_Strict):
@@ -105,6 +130,9 @@ class ModelYaml(_Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     #: Element type of floating-point weights; `keep` leaves them as stored.
     weights_dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    #: Most memory that a rank may use, MiB; 0 = what the machine, its control group or the device has. A batch that is predicted to need
+    #: more is split, and a request that alone needs more is refused.
+    memory_limit_mb: Annotated[int, Field(ge=0)] = 0
     startup_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     default_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     #: Settings of the engine or of the author's own model.py.
@@ -153,7 +181,9 @@ def load_directory(path: Path) -> ModelDirectory:
     if not isinstance(document, dict):
         raise FailedPrecondition(f"{source}: must be a mapping with name, engine, inputs and outputs", field=str(source))
     try:
-        model = ModelYaml.model_validate(document)
+        model = ModelYaml.model_validate(translated(document))
+    except FailedPrecondition as error:
+        raise FailedPrecondition(f"{source}: {error.message}", field=error.field) from error
     except ValidationError as error:
         bad = "; ".join(
             f"{'.'.join(str(part) for part in item['loc']) or 'model.yaml'}: {item['msg']}" for item in error.errors()

@@ -70,10 +70,12 @@ def _register_commands() -> None:
     from tensorway.cli.explain import explain
     from tensorway.cli.infer import infer
     from tensorway.cli.models import models_app
+    from tensorway.cli.plan import plan
 
     app.command()(infer)
     app.command()(explain)
     app.command()(doctor)
+    app.command()(plan)
     app.add_typer(models_app, name="models")
 
 

@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 _FOR: Final = (0, 150, 60)
 _AGAINST: Final = (200, 40, 40)
 _MOST_LISTED: Final = 10
+#: Share of the strongest below which a token stays without a background.
+_FAINT: Final = 0.02
 
 
 def explain(
     model: Annotated[str, typer.Argument(help="Name of the model; `tensorway models` lists them.")],
     text: Annotated[list[str] | None, typer.Option(help="One row for the model's only BYTES input; repeat for several rows.")] = None,
-    inputs: Annotated[list[str] | None, typer.Option("--input", help="NAME=JSON or NAME=@file.npy, as for `tensorway infer`; repeat.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="NAME=JSON or NAME=@file.npy, as for `tensorway infer`; repeat.")
+    ] = None,
     toward: Annotated[str, typer.Option(help="For embeddings: explain the similarity to this text.")] = "",
     method: Annotated[str, typer.Option(help="saliency, input_x_gradient or integrated_gradients.")] = "integrated_gradients",
     of: Annotated[str, typer.Option(help="Name of the input to explain; default: the first that has a derivative.")] = "",
@@ -46,8 +50,8 @@ def explain(
 
     Numbers, which inputs matter:   `tensorway explain my-model --input 'x=[[1, 2, 3]]' --index 0 --method saliency`
 
-    Green speaks for the score, red against it; the stronger the colour, the more. The integrated gradients of a row add up to its score minus
-    the score of an empty input; `gap` tells by how much they miss it.
+    Green speaks for the score, red against it; the stronger the colour, the more. The integrated gradients of a row add up to its score
+    minus the score of an empty input; `gap` tells by how much they miss it.
     """
     from tensorway.cli.infer import read_inputs
     from tensorway.client import Client
@@ -92,7 +96,7 @@ def _show(result: InferResult, wish: Explain) -> None:
 
     console = Console()
     console.print(Text(f"{result.model} · revision {result.revision[:12]} · {wish.method}"), soft_wrap=True)
-    attribution, tokens = result["attribution"], result["tokens"] if "tokens" in result else None
+    attribution, tokens = result["attribution"], result.get("tokens")
     for row in range(len(attribution)):
         console.print(Text(_headline(result, row), style="bold"))
         values = attribution[row].reshape(-1).tolist()
@@ -118,7 +122,7 @@ def coloured(tokens: Sequence[str], values: Sequence[float]) -> Text:
     for token, value in zip(tokens, values, strict=True):
         share = abs(value) / strongest
         red, green, blue = (int(part * share) for part in (_FOR if value > 0 else _AGAINST))
-        shown.append(token or "∅", style=f"white on rgb({red},{green},{blue})" if share > 0.02 else "")  # noqa: PLR2004
+        shown.append(token or "∅", style=f"white on rgb({red},{green},{blue})" if share > _FAINT else "")
         shown.append(" ")
     return shown
 

@@ -17,7 +17,7 @@ from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES, LinkClient, Serv
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 if TYPE_CHECKING:
-    from tensorway.transport.channel import AsyncChannel, BlockingChannel, UnaryReply, check_health
+    from tensorway.transport.channel import AsyncChannel, BlockingChannel, ClientStream, UnaryReply, check_health
     from tensorway.transport.health import HealthService
     from tensorway.transport.link_server import LinkServer
     from tensorway.transport.reflection import add_reflection
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncChannel",
     "BlockingChannel",
+    "ClientStream",
     "HealthService",
     "LinkServer",
     "UnaryReply",
@@ -37,6 +38,7 @@ __all__ = [
 _HOME_OF: Final = {
     "AsyncChannel": "channel",
     "BlockingChannel": "channel",
+    "ClientStream": "channel",
     "UnaryReply": "channel",
     "check_health": "channel",
     "HealthService": "health",

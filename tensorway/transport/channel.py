@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from tensorway.errors import NotFound, TensorwayError
+from tensorway.errors import NotFound, TensorwayError, Unavailable
 from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES
 from tensorway.transport.rich_status import decode_error
 
@@ -24,6 +25,49 @@ class UnaryReply:
 
     response: bytes
     trailers: Mapping[str, str | bytes]
+
+
+class ClientStream:
+    """The client's side of one bidirectional streaming RPC. One task reads, one writes. Cancel it when done.
+
+    A `read` or `write` that is cancelled goes on in the background, for grpc would end the whole RPC with it; the next one takes it up.
+    """
+
+    def __init__(self, endpoint: str, call: Any) -> None:
+        self.endpoint = endpoint
+        self._call = call
+        self._reading: asyncio.Future[Any] | None = None
+        self._writing: asyncio.Future[Any] | None = None
+
+    async def read(self) -> bytes | None:
+        """The next message; None after the server's last, where it ended well. Raises the server's error as a TensorwayError, and
+        Unavailable where the connection is lost."""
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._call.read())
+        try:
+            message = await asyncio.shield(self._reading)
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(self.endpoint, error.code(), error.details(), error.trailing_metadata()) from error
+        self._reading = None
+        return None if message is grpc.aio.EOF else bytes(message)
+
+    async def write(self, message: bytes) -> None:
+        """Sends one message; returns when the transport can take the next. Raises Unavailable once the RPC has ended; `read` says why."""
+        try:
+            if self._writing is not None:
+                await asyncio.shield(self._writing)
+            self._writing = asyncio.ensure_future(self._call.write(message))
+            await asyncio.shield(self._writing)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise Unavailable(f"the stream to {self.endpoint} has ended", hop=self.endpoint) from error
+        self._writing = None
+
+    async def cancel(self) -> None:
+        """Ends the RPC at once; harmless to repeat."""
+        self._call.cancel()
+        pending = [future for future in (self._reading, self._writing) if future is not None]
+        # Their outcome is of no interest any more, but somebody has to look at it.
+        await asyncio.gather(*pending, return_exceptions=True)
 
 
 class AsyncChannel:
@@ -47,6 +91,10 @@ class AsyncChannel:
             return UnaryReply(response, dict(await pending.trailing_metadata()))
         except grpc.aio.AioRpcError as error:
             raise _error_of(self.endpoint, error.code(), error.details(), error.trailing_metadata()) from error
+
+    def stream(self, method: str, metadata: Metadata = ()) -> ClientStream:
+        """Begins a bidirectional streaming RPC without a deadline. Never raises: the first `read` or `write` says what is wrong."""
+        return ClientStream(self.endpoint, self._channel.stream_stream(method)(metadata=(*self._metadata, *metadata)))
 
     async def close(self) -> None:
         """Cancels what is in flight and closes the connection."""

@@ -40,6 +40,11 @@ class NodeServiceStub:
                 request_serializer=tensorway_dot_v1_dot_node__pb2.ListGroupsRequest.SerializeToString,
                 response_deserializer=tensorway_dot_v1_dot_node__pb2.ListGroupsResponse.FromString,
                 _registered_method=True)
+        self.RunRanks = channel.stream_stream(
+                '/tensorway.v1.NodeService/RunRanks',
+                request_serializer=tensorway_dot_v1_dot_node__pb2.RunRanksRequest.SerializeToString,
+                response_deserializer=tensorway_dot_v1_dot_node__pb2.RunRanksResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer:
@@ -53,6 +58,14 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RunRanks(self, request_iterator, context):
+        """Hosts a block of ranks of a group that another node owns, for as long as the stream lasts: when it ends, however it ends, the ranks are
+        killed. FAILED_PRECONDITION where this node hosts no ranks of others, NOT_FOUND where it does not offer the revision.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +73,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.ListGroups,
                     request_deserializer=tensorway_dot_v1_dot_node__pb2.ListGroupsRequest.FromString,
                     response_serializer=tensorway_dot_v1_dot_node__pb2.ListGroupsResponse.SerializeToString,
+            ),
+            'RunRanks': grpc.stream_stream_rpc_method_handler(
+                    servicer.RunRanks,
+                    request_deserializer=tensorway_dot_v1_dot_node__pb2.RunRanksRequest.FromString,
+                    response_serializer=tensorway_dot_v1_dot_node__pb2.RunRanksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +108,33 @@ class NodeService:
             '/tensorway.v1.NodeService/ListGroups',
             tensorway_dot_v1_dot_node__pb2.ListGroupsRequest.SerializeToString,
             tensorway_dot_v1_dot_node__pb2.ListGroupsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunRanks(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/tensorway.v1.NodeService/RunRanks',
+            tensorway_dot_v1_dot_node__pb2.RunRanksRequest.SerializeToString,
+            tensorway_dot_v1_dot_node__pb2.RunRanksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -132,6 +132,8 @@ def _revision(document: bytes) -> Revision:
 def _reports(document: bytes) -> tuple[GroupReport, ...]:
     found: dict[str, Any] = json.loads(document)
     return tuple(
-        GroupReport(str(group["model"]), str(group["revision"]), str(group["state"]), str(group.get("reason", "")))
+        GroupReport(
+            str(group["model"]), str(group["revision"]), str(group["state"]), str(group.get("reason", "")), str(group.get("detail", ""))
+        )
         for group in found["groups"]
     )

@@ -16,6 +16,7 @@ from tensorway_gateway.signature import SignatureCheck
 #: Shortest prefix of a revision that may stand for it.
 MIN_PREFIX_CHARS: Final = 8
 _BACKING_OFF: Final = "backing_off"
+_READY: Final = "ready"
 
 
 class ModelState(Enum):
@@ -34,7 +35,7 @@ class Revision:
     check: SignatureCheck
     num_ready_replicas: int
     state: ModelState
-    #: Why it is not ready; empty where it is.
+    #: Why it is not ready, or lacks replicas; empty where nothing is amiss.
     reason: str
 
 
@@ -86,7 +87,10 @@ class GroupReport:
     model: str
     revision: str
     state: str
+    #: Why its last epoch ended; empty while it serves.
     reason: str
+    #: What it does now, e.g. which rank loads what.
+    detail: str = ""
 
 
 def build_models(
@@ -114,19 +118,33 @@ def build_models(
 
 def _judge(published: Revision, num_ready: int, num_wanted: int, reports: Collection[GroupReport]) -> Revision:
     """The published revision with the state that its groups give it."""
-    state, reason = ModelState.READY, ""
-    if not num_ready:
-        own = [report for report in reports if (report.model, report.revision) == (published.spec.model, published.spec.revision)]
-        failing = [report.reason for report in own if report.state == _BACKING_OFF]
-        if failing:
-            state, reason = ModelState.UNAVAILABLE, failing[0] or "its group failed and is backing off"
-        elif not num_wanted:
-            state, reason = ModelState.UNAVAILABLE, "no replica of it is wanted"
-        elif own:
-            state, reason = ModelState.LOADING, f"its group is {own[0].state}"
-        else:
-            state, reason = ModelState.LOADING, "no node has begun to form a group of it"
+    own = [report for report in reports if (report.model, report.revision) == (published.spec.model, published.spec.revision)]
+    failing = [report.reason for report in own if report.state == _BACKING_OFF]
+    forming = [report for report in own if report.state not in (_READY, _BACKING_OFF)]
+    if num_ready:
+        state, reason = ModelState.READY, _lacking(failing, forming) if num_ready < num_wanted else ""
+    elif failing:
+        state, reason = ModelState.UNAVAILABLE, failing[0] or "its group failed and is backing off"
+    elif not num_wanted:
+        state, reason = ModelState.UNAVAILABLE, "no replica of it is wanted"
+    elif own:
+        state, reason = ModelState.LOADING, _progress((forming or own)[0])
+    else:
+        state, reason = ModelState.LOADING, "no node has begun to form a group of it"
     return Revision(published.spec, published.check, num_ready, state, reason)
+
+
+def _lacking(failing: list[str], forming: list[GroupReport]) -> str:
+    """Why a model that serves has not all its replicas; empty where nobody has said."""
+    if failing:
+        return f"a replica fails: {failing[0]}"
+    return f"a replica is missing: {_progress(forming[0])}" if forming else ""
+
+
+def _progress(report: GroupReport) -> str:
+    """How far a group is, and what went wrong the last time."""
+    now = f"its group is {report.state}" + (f" ({report.detail})" if report.detail else "")
+    return f"{now}; before that, {report.reason}" if report.reason else now
 
 
 def published_revision(spec: RevisionSpec) -> Revision:

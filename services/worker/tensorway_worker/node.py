@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 from pathlib import Path
 
 from tensorway.deadline import Deadline
@@ -13,7 +14,8 @@ from tensorway.model_directory import ModelDirectory, find_directories
 from tensorway.registry.port import DESIRED, NODE, Registration, Registry
 from tensorway.revisions import encode_revision, revision_key
 from tensorway.service import ServiceContext
-from tensorway_worker.devices import cuda_devices
+from tensorway_worker.devices import DevicePool, cuda_devices
+from tensorway_worker.guest_host import GuestHost
 from tensorway_worker.replicas import ReplicaKeeper
 from tensorway_worker.servicer import NodeServicer
 from tensorway_worker.settings import NodeSettings
@@ -31,13 +33,18 @@ class Node:
         self._settings = settings
         self._keeper: ReplicaKeeper | None = None
         self._keeping: asyncio.Task[None] | None = None
+        self._guests: GuestHost | None = None
 
     async def start(self, context: ServiceContext) -> None:
         directories = await asyncio.to_thread(offered_directories, self._settings)
         for directory in directories:
             await _publish(context.registry, directory)
-        self._keeper = ReplicaKeeper(context.id, directories, self._settings, context.registry)
-        NodeServicer(self._keeper.reports).attach(context.server)
+        devices = DevicePool(cuda_devices())
+        by_revision = {directory.spec.revision: directory for directory in directories}
+        self._keeper = ReplicaKeeper(context.id, by_revision, self._settings, context.registry, devices)
+        self._guests = GuestHost(context.id, by_revision, self._settings, devices)
+        self._guests.attach(context.server)
+        NodeServicer(context.id, self._keeper.reports).attach(context.server)
         self._keeping = context.tasks.create_task(self._keeper.run(), name="replicas")
         context.set_readiness(None)
 
@@ -48,7 +55,10 @@ class Node:
         return Registration(NODE, "", endpoint)
 
     async def drain(self, deadline: Deadline) -> None:
-        """Ends the groups: each leader finishes the batches it has accepted."""
+        """Ends the groups: each leader finishes the batches it has accepted. Ranks of other nodes' groups end at once, for these groups
+        then form anew elsewhere."""
+        if self._guests is not None:
+            await self._guests.drain()
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.wait((self._keeping,), timeout=deadline.remaining_s() + 5.0)
@@ -74,11 +84,8 @@ def offered_directories(settings: NodeSettings) -> tuple[ModelDirectory, ...]:
             f"model {', '.join(on_cuda)} wants `device: cuda` and this node has no CUDA device; "
             "leave it out with --models, or say `device: auto`"
         )
-    cut = [directory.yaml.name for directory in directories if directory.yaml.parallel.pipeline * directory.yaml.parallel.tensor > 1]
-    if cut:
-        raise FailedPrecondition(
-            f"model {', '.join(cut)} asks for `parallel` above 1 x 1: a model cannot be cut over several ranks yet; leave `parallel` out"
-        )
+    for directory in directories:
+        _check_parallel(directory, settings)
     for directory in directories:
         missing = directory.missing_files()
         if missing:
@@ -86,6 +93,28 @@ def offered_directories(settings: NodeSettings) -> tuple[ModelDirectory, ...]:
                 f"model {directory.yaml.name!r} lacks {', '.join(file.path for file in missing)}; run `tensorway models fetch {models_dir}`"
             )
     return directories
+
+
+def _check_parallel(directory: ModelDirectory, settings: NodeSettings) -> None:
+    """Refuses a group that this node can never form, whatever other nodes do."""
+    parallel, name = directory.yaml.parallel, directory.yaml.name
+    if parallel.nodes > 1 and not settings.rank_interface:
+        raise FailedPrecondition(
+            f"model {name!r} has `parallel.nodes: {parallel.nodes}`, and this node takes no part in groups over several nodes; set "
+            "rank_interface to a network interface that is private to the mesh, or leave the model out with --models",
+            field="rank_interface",
+        )
+    if settings.rank_interface and settings.rank_interface not in (names := [name for _, name in socket.if_nameindex()]):
+        raise FailedPrecondition(
+            f"rank_interface: this machine has no network interface {settings.rank_interface!r}; it has: {', '.join(names)}",
+            field="rank_interface",
+        )
+    devices = () if directory.yaml.device == "cpu" else cuda_devices()
+    if devices and parallel.custom > len(devices):
+        raise FailedPrecondition(
+            f"model {name!r} has `parallel.custom: {parallel.custom}` and this node has {len(devices)} CUDA devices; "
+            "leave it out with --models", field="parallel.custom",
+        )
 
 
 async def _publish(registry: Registry, directory: ModelDirectory) -> None:

@@ -33,6 +33,29 @@ class Replica:
         return f"{self.model}/{self.revision}/{self.index}"
 
 
+@dataclass(frozen=True, slots=True)
+class Partner:
+    """A node that may host ranks of a group that another node owns."""
+
+    node: str
+    #: Of its NodeService.
+    endpoint: str
+
+
+def partners_for(
+    replica: Replica, owner: str, offers: Mapping[str, frozenset[str]], endpoints: Mapping[str, str], num_ranks: Mapping[str, int]
+) -> tuple[Partner, ...]:
+    """The live nodes besides `owner` that offer the replica's revision: those with the fewest ranks first, equals by rendezvous hashing.
+
+    Args:
+        endpoints: live nodes' own, by node.
+        num_ranks: ranks that each node runs now, for itself and for others.
+    """
+    able = [node for node in endpoints if node != owner and replica.revision in offers.get(node, frozenset())]
+    able.sort(key=lambda node: (num_ranks.get(node, 0), _hash(replica.key, node)))
+    return tuple(Partner(node, endpoints[node]) for node in able)
+
+
 def wanted_replicas(desired: Mapping[str, Desired]) -> tuple[Replica, ...]:
     """Every replica that should exist, first replicas of all models before second ones."""
     replicas = [

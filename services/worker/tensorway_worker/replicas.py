@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from tensorway.model_directory import ModelDirectory
 from tensorway.registry.port import DESIRED, GROUP, NODE, NODES, Lease, Registration, Registry
-from tensorway_worker.devices import cuda_devices
-from tensorway_worker.placement import Desired, Replica, replicas_to_claim, replicas_to_stop
+from tensorway_worker.devices import DevicePool
+from tensorway_worker.group_report import GroupReport
+from tensorway_worker.placement import Desired, Partner, Replica, partners_for, replicas_to_claim, replicas_to_stop
 from tensorway_worker.settings import NodeSettings
-from tensorway_worker.supervisor import GroupReport, GroupSupervisor
-from tensorway_worker.topology import assign_devices
+from tensorway_worker.supervisor import GroupSupervisor
 
 _LOG = logging.getLogger(__name__)
 
@@ -25,8 +26,11 @@ class _View:
 
     desired: dict[str, Desired] = field(default_factory=dict)
     claims: dict[str, str] = field(default_factory=dict)
-    nodes: frozenset[str] = frozenset()
+    #: Live nodes, and where their NodeService answers.
+    nodes: dict[str, str] = field(default_factory=dict)
     offers: dict[str, frozenset[str]] = field(default_factory=dict)
+    #: Ranks that each node runs, for itself and for others.
+    num_ranks: Counter[str] = field(default_factory=Counter)
     live_revisions: frozenset[str] = frozenset()
 
 
@@ -42,9 +46,12 @@ class _Running:
 class ReplicaKeeper:
     """Follows the registry and keeps this node's share of the replicas running."""
 
-    def __init__(self, node: str, directories: tuple[ModelDirectory, ...], settings: NodeSettings, registry: Registry) -> None:
+    def __init__(
+        self, node: str, directories: Mapping[str, ModelDirectory], settings: NodeSettings, registry: Registry, devices: DevicePool
+    ) -> None:
+        """`directories` are those that the node offers, by revision."""
         self._node = node
-        self._directories = {directory.spec.revision: directory for directory in directories}
+        self._directories = directories
         self._settings = settings
         self._registry = registry
         self._view = _View()
@@ -52,7 +59,7 @@ class ReplicaKeeper:
         self._report_changed = asyncio.Event()
         self._running: dict[str, _Running] = {}
         self._may_double = False
-        self._devices = cuda_devices()
+        self._devices = devices
 
     def reports(self) -> tuple[GroupReport, ...]:
         return tuple(running.supervisor.report for running in self._running.values())
@@ -91,16 +98,23 @@ class ReplicaKeeper:
             self._running[replica.key].task.cancel()
 
     def _start(self, replica: Replica, lease: Lease, tasks: asyncio.TaskGroup) -> None:
-        directory = self._directories[replica.revision]
-        parallel = directory.yaml.parallel
-        in_use = [device for running in self._running.values() for device in running.supervisor.devices]
-        available = () if directory.yaml.device == "cpu" else self._devices
         supervisor = GroupSupervisor(
-            replica, directory, self._settings, self._node,
-            assign_devices(available, parallel.pipeline * parallel.tensor, in_use), self._report_changed.set,
+            replica, self._directories[replica.revision], self._settings, self._node, self._devices, self._report_changed.set,
+            self._partners,
         )
         task = tasks.create_task(self._supervise(replica, supervisor, lease), name=f"group {supervisor.report.id}")
         self._running[replica.key] = _Running(lease, supervisor, task)
+
+    def _partners(self, replica: Replica) -> tuple[Partner, ...]:
+        view = self._view
+        return partners_for(replica, self._node, view.offers, view.nodes, view.num_ranks)
+
+    def _on_nodes(self) -> None:
+        """What a group over several nodes lacked may have come."""
+        self._changed.set()
+        for running in self._running.values():
+            if running.supervisor.directory.yaml.parallel.nodes > 1:
+                running.supervisor.try_again()
 
     async def _supervise(self, replica: Replica, supervisor: GroupSupervisor, lease: Lease) -> None:
         _LOG.info("replica claimed", extra={"fields": {"model": replica.model, "replica": replica.index, "group": supervisor.report.id}})
@@ -124,17 +138,21 @@ class ReplicaKeeper:
 
     async def _follow_nodes(self) -> None:
         async for registrations in self._registry.watch(NODE):
-            self._view.nodes = frozenset(registration.id for registration in registrations)
-            self._changed.set()
+            self._view.nodes = {registration.id: registration.endpoint for registration in registrations}
+            self._on_nodes()
 
     async def _follow_offers(self) -> None:
         async for documents in self._registry.watch_documents(NODES):
             offers: dict[str, frozenset[str]] = {}
+            num_ranks: Counter[str] = Counter()
             for key, document in documents.items():
-                offers[key.removeprefix(NODES)] = frozenset(json.loads(document).get("revisions", ()))
+                words = json.loads(document)
+                offers[key.removeprefix(NODES)] = frozenset(words.get("revisions", ()))
+                num_ranks.update(rank["node"] for group in words.get("groups", ()) for rank in group.get("ranks", ()))
+            self._view.num_ranks = num_ranks
             if offers != self._view.offers:
                 self._view.offers = offers
-                self._changed.set()
+                self._on_nodes()
 
     async def _follow_groups(self) -> None:
         async for registrations in self._registry.watch(GROUP):
@@ -152,17 +170,11 @@ class ReplicaKeeper:
             document = {
                 "node": self._node,
                 "revisions": sorted(self._directories),
-                "groups": [_report_json(report) for report in self.reports()],
+                "groups": [report.to_document() for report in self.reports()],
             }
             await self._registry.write(f"{NODES}{self._node}", json.dumps(document).encode())
             await self._report_changed.wait()
             self._report_changed.clear()
-
-
-def _report_json(report: GroupReport) -> dict[str, object]:
-    values = asdict(report)
-    replica = values.pop("replica")
-    return {**values, "model": replica["model"], "revision": replica["revision"]}
 
 
 def _revision(registration: Registration) -> str:

@@ -15,8 +15,11 @@ class NodeSettings(ServiceSettings):
     models_dir: str = Field("models", description="Directory that holds model directories.")
     models: list[str] = Field(default_factory=list, description="Names of the models to offer; default: all in models_dir.")
     rank_listen: str = Field("127.0.0.1:0", description="Where leaders listen: host:0, a free port for each.")
+    rank_interface: str = Field(
+        "", description="Network interface, private to the mesh, on which ranks of groups over several nodes meet; empty: no such groups."
+    )
     threads: int = Field(0, ge=0, description="Torch threads per rank where the model names none; 0: cores / ranks of the group.")
-    heartbeat_s: float = Field(0.5, gt=0, description="Interval of a leader's heartbeat to its node.")
-    hung_after_s: float = Field(5.0, gt=0, description="A leader silent for this long is killed with its group.")
+    heartbeat_s: float = Field(0.5, gt=0, description="Interval of a rank's heartbeat to its node.")
+    hung_after_s: float = Field(5.0, gt=0, description="A rank silent for this long is killed with its group.")
     max_step_s: float = Field(300.0, gt=0, description="A step that runs longer counts as hung, and its group is killed.")
     spread_wait_s: float = Field(2.0, ge=0, description="A second replica of a model is left to other nodes for this long.")

@@ -8,61 +8,51 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import shutil
-import tempfile
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from tensorway.errors import TensorwayError, Unavailable
 from tensorway.model_directory import ModelDirectory
-from tensorway_worker.placement import Replica
+from tensorway_worker.devices import DevicePool
+from tensorway_worker.epoch import Bounds, Epoch, RankFailure
+from tensorway_worker.group_report import GroupReport
+from tensorway_worker.guest_block import GuestBlock
+from tensorway_worker.hosted_rank import Block
+from tensorway_worker.local_block import LocalBlock
+from tensorway_worker.orders import BlockOrders, launches
+from tensorway_worker.placement import Partner, Replica
 from tensorway_worker.rank import launch as words
-from tensorway_worker.rank.launch import RankLaunch, RankStatus
-from tensorway_worker.rank_process import RankProcess
 from tensorway_worker.settings import NodeSettings
-from tensorway_worker.topology import Topology, threads_per_rank
 
 _LOG = logging.getLogger(__name__)
 _FIRST_BACK_OFF_S: Final = 0.2
 _MAX_BACK_OFF_S: Final = 30.0
+_SECRET_BYTES: Final = 32
 BACKING_OFF: Final = "backing_off"
-
-
-class RankFailure(Exception):
-    """An epoch has ended; the text says why."""
-
-
-@dataclass(slots=True)
-class GroupReport:
-    """What the node says of one group."""
-
-    id: str
-    replica: Replica
-    epoch: int = 0
-    state: str = words.STARTING
-    detail: str = ""
-    fraction: float = -1.0
-    reason: str = ""
-    endpoint: str = ""
-    pids: tuple[int, ...] = ()
-    num_steps: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class GroupSupervisor:
-    """Owns the rank processes of one replica. `run` until cancelled; leaving it leaves no process behind."""
+    """Owns the ranks of one replica, here and on other nodes. `run` until cancelled; leaving it leaves no process behind."""
 
     replica: Replica
     directory: ModelDirectory
     settings: NodeSettings
     node: str
-    devices: tuple[str, ...]
+    devices: DevicePool
     on_change: Callable[[], None]
+    #: The nodes that may host the other blocks of a group over several nodes, best first; read anew for each epoch.
+    partners: Callable[[Replica], tuple[Partner, ...]] = lambda _: ()
     report: GroupReport = field(init=False)
     _back_off_s: float = 0.0
-    _ranks: list[RankProcess] = field(default_factory=list)
+    _again: asyncio.Event = field(default_factory=asyncio.Event)
+    _epoch: Epoch | None = None
+    #: Whether this epoch, and whether any epoch, has served.
+    _is_served: bool = False
+    _was_served: bool = False
 
     def __post_init__(self) -> None:
         self.report = GroupReport(f"{self.replica.model}.{self.replica.index}@{self.node}", self.replica)
@@ -75,132 +65,105 @@ class GroupSupervisor:
             self._back_off_s = 0.0 if was_ready else min(_MAX_BACK_OFF_S, max(_FIRST_BACK_OFF_S, self._back_off_s * 2))
             if self._back_off_s:
                 self._show(BACKING_OFF, detail=f"next try in {self._back_off_s:.1f} s")
-                await asyncio.sleep(self._back_off_s)
+                await self._back_off()
+
+    def try_again(self) -> None:
+        """What the group lacked may be there now: a back-off that is under way ends."""
+        self._again.set()
+
+    async def _back_off(self) -> None:
+        self._again.clear()
+        try:
+            async with asyncio.timeout(self._back_off_s):
+                await self._again.wait()
+        except TimeoutError:
+            return
 
     async def _live_one_epoch(self) -> bool:
         """One epoch from start to end; says whether it ever served."""
         started_s = time.monotonic()
-        rendezvous = tempfile.mkdtemp(prefix="tensorway-rendezvous-")
         grace_s = 0.0
-        was_ready = False
+        acquired: tuple[tuple[str, ...], ...] = ()
+        self._epoch, self._is_served = None, False
+        self.report.endpoint, self.report.ranks = "", ()
+        self._show(words.STARTING)
         try:
-            self._show(words.STARTING, endpoint="")
-            await self._start_ranks(rendezvous)
-            await self._watch_ranks()
-        except RankFailure as failure:
-            was_ready = self.report.state == words.READY
+            parallel = self.directory.yaml.parallel
+            acquired = self.devices.acquire(self.directory.yaml, parallel.world_size // parallel.nodes)
+            self._epoch = Epoch(self._blocks(acquired), self._bounds(), self.report.id, self._on_status)
+            await self._epoch.run()
+        except (RankFailure, TensorwayError) as failure:
             self.report.reason = f"epoch {self.report.epoch}: {failure}"
             _LOG.error("group ended after %.1f s: %s", time.monotonic() - started_s, failure, extra={"fields": self._fields()})
+            # Ending the ranks may take a moment; why they end need not wait for it.
+            self._show(words.STOPPING)
         except asyncio.CancelledError:
             grace_s = self.settings.grace_s
             self._show(words.STOPPING)
             raise
         finally:
-            await asyncio.shield(self._end_ranks(grace_s))
-            shutil.rmtree(rendezvous, ignore_errors=True)
-        return was_ready
+            if self._epoch is not None:
+                await asyncio.shield(self._epoch.end(grace_s))
+            self.devices.release(acquired)
+            self.report.ranks = ()
+        return self._is_served
 
-    async def _start_ranks(self, rendezvous: str) -> None:
-        parallel = self.directory.yaml.parallel
-        topology = Topology(parallel.pipeline, parallel.tensor)
-        for rank in range(topology.world_size):
-            launch = self._launch(rank, topology, rendezvous)
-            try:
-                self._ranks.append(await RankProcess.start(launch, _environment(launch, self.devices[rank])))
-            except OSError as error:
-                raise RankFailure(f"rank {rank} cannot be started: {error}") from error
-        self.report.pids = tuple(rank.process.pid for rank in self._ranks)
+    def _blocks(self, acquired: tuple[tuple[str, ...], ...]) -> tuple[Block, ...]:
+        """The group's ranks in equal blocks, the first of them here. Raises Unavailable where other nodes are needed and missing."""
+        parallel, settings = self.directory.yaml.parallel, self.settings
+        partners = self._chosen_partners(parallel.nodes - 1)
+        secret = secrets.token_hex(_SECRET_BYTES)
+        size = parallel.world_size // parallel.nodes
+        is_cut = parallel.world_size > 1
+        orders = [
+            BlockOrders(
+                model=self.replica.model, revision=self.replica.revision, group=self.report.id, epoch=self.report.epoch, owner=self.node,
+                first_rank=first_rank, num_ranks=size, pipeline=parallel.pipeline, tensor=parallel.tensor,
+                is_spread=bool(partners), secret=secret,
+                verify=is_cut and (parallel.verify == "always" or (parallel.verify == "auto" and not self._was_served)),
+                heartbeat_s=settings.heartbeat_s, hung_after_s=settings.hung_after_s, grace_s=settings.grace_s,
+            )
+            for first_rank in range(0, parallel.world_size, size)
+        ]
+        own = LocalBlock(self.node, launches(orders[0], self.directory, settings, self.node, acquired), acquired)
+        guests = (GuestBlock(partner, order) for partner, order in zip(partners, orders[1:], strict=True))
+        return (own, *guests)
 
-    async def _watch_ranks(self) -> None:
-        """Raises RankFailure when the first rank ends, hangs or fails."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for rank in self._ranks:
-                    tasks.create_task(rank.follow_output())
-                    tasks.create_task(self._watch_exit(rank))
-                tasks.create_task(self._watch_leader(self._ranks[0]))
-        except ExceptionGroup as group:
-            failures, others = group.split(RankFailure)
-            if failures is None or others is not None:
-                raise
-            raise failures.exceptions[0] from None
+    def _chosen_partners(self, number: int) -> tuple[Partner, ...]:
+        if not number:
+            return ()
+        found = self.partners(self.replica)
+        if len(found) < number:
+            raise Unavailable(
+                f"no free partner: the group wants {number} more node{'s' if number > 1 else ''}, and {len(found)} other live "
+                f"node{' offers' if len(found) == 1 else 's offer'} revision {self.replica.revision[:12]}; start one with the same model "
+                "directory and rank_interface set", field="parallel.nodes",
+            )
+        return found[:number]
 
-    async def _watch_exit(self, rank: RankProcess) -> None:
-        await rank.process.wait()
-        # Its last words may still be in the pipe.
-        await asyncio.sleep(0.02)
-        raise RankFailure(rank.end_reason())
+    def _bounds(self) -> Bounds:
+        return Bounds(self.directory.yaml.startup_timeout_s, self.settings.hung_after_s, self.settings.max_step_s)
 
-    async def _watch_leader(self, leader: RankProcess) -> None:
-        """Follows the leader's statuses: first within the start-up timeout, then heartbeat by heartbeat."""
-        startup_s = self.directory.yaml.startup_timeout_s
-        try:
-            async with asyncio.timeout(startup_s) as window:
-                async for status in leader.statuses():
-                    self._take_status(status)
-                    if status.state == words.READY:
-                        window.reschedule(asyncio.get_running_loop().time() + self.settings.hung_after_s)
-        except TimeoutError:
-            if self.report.state == words.READY:
-                raise RankFailure(f"rank 0 has been silent for {self.settings.hung_after_s:.1f} s and counts as hung") from None
-            said = " | ".join(list(leader.last_lines)[-5:])
-            raise RankFailure(
-                f"not ready within startup_timeout_s={startup_s:.0f} (state {self.report.state}: {self.report.detail})"
-                + (f"; its last lines: {said}" if said else "")
-            ) from None
+    def _on_status(self, has_changed: bool) -> None:
+        epoch, report = self._epoch, self.report
+        if epoch is None:
+            return
+        report.ranks, report.num_steps, report.fraction = epoch.ranks, epoch.leader.num_steps, epoch.fraction
+        if not has_changed:
+            return
+        state = epoch.state
+        if state == words.READY and not self._is_served:
+            self._is_served = self._was_served = True
+            report.reason = ""
+            _LOG.info("group ready", extra={"fields": {**self._fields(), "endpoint": epoch.leader.endpoint}})
+        if state != words.FAILED:
+            report.state = state
+        report.detail, report.endpoint = epoch.detail, epoch.leader.endpoint
+        self.on_change()
 
-    def _take_status(self, status: RankStatus) -> None:
-        report = self.report
-        if status.step_running_s > self.settings.max_step_s:
-            raise RankFailure(f"a step has run for {status.step_running_s:.0f} s, longer than max_step_s={self.settings.max_step_s:.0f}")
-        report.num_steps = status.num_steps
-        if status.state == words.FAILED:
-            raise RankFailure(status.detail)
-        if (status.state, status.detail, status.endpoint) != (report.state, report.detail, report.endpoint):
-            if status.state == words.READY and report.state != words.READY:
-                report.reason = ""
-                _LOG.info("group ready", extra={"fields": {**self._fields(), "endpoint": status.endpoint}})
-            report.fraction = status.fraction
-            self._show(status.state, status.detail, status.endpoint)
-
-    async def _end_ranks(self, grace_s: float) -> None:
-        ranks, self._ranks = self._ranks, []
-        await asyncio.gather(*(rank.stop(grace_s) for rank in ranks))
-        self.report.pids = ()
-
-    def _launch(self, rank: int, topology: Topology, rendezvous: str) -> RankLaunch:
-        settings, model = self.settings, self.directory.yaml
-        device = self.devices[rank]
-        return RankLaunch(
-            model_path=str(self.directory.path), model=model.name, revision=self.replica.revision, group=self.report.id,
-            epoch=self.report.epoch, rank=rank, world_size=topology.world_size,
-            pipeline=topology.pipeline, tensor=topology.tensor,
-            node=self.node, registry=settings.registry, listen=settings.rank_listen, advertise_host=settings.advertise_host,
-            rendezvous_dir=rendezvous,
-            threads=threads_per_rank(os.cpu_count() or 1, topology.world_size, model.threads or settings.threads),
-            # A rank sees its one device only, by CUDA_VISIBLE_DEVICES.
-            device="cpu" if device == "cpu" else "cuda:0", transport=settings.transport, max_message_bytes=settings.max_message_bytes,
-            heartbeat_s=settings.heartbeat_s, grace_s=settings.grace_s, log_level=settings.log_level, log_format=settings.log_format,
-            local_links=settings.local_links,
-        )
-
-    def _show(self, state: str, detail: str = "", endpoint: str | None = None) -> None:
+    def _show(self, state: str, detail: str = "") -> None:
         self.report.state, self.report.detail = state, detail
-        if endpoint is not None:
-            self.report.endpoint = endpoint
         self.on_change()
 
     def _fields(self) -> dict[str, object]:
         return {"group": self.report.id, "model": self.replica.model, "epoch": self.report.epoch}
-
-
-def _environment(launch: RankLaunch, device: str) -> dict[str, str]:
-    """torchrun's variables, and the one device that the rank may see."""
-    environment = {
-        "RANK": str(launch.rank), "LOCAL_RANK": str(launch.rank), "WORLD_SIZE": str(launch.world_size),
-        "LOCAL_WORLD_SIZE": str(launch.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
-        "OMP_NUM_THREADS": str(launch.threads), "PYTHONUNBUFFERED": "1",
-    }
-    if device.startswith("cuda:"):
-        environment["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
-    return environment

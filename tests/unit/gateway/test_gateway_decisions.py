@@ -132,12 +132,33 @@ def test_ready_is_a_live_group_of_the_wanted_revision() -> None:
         ((GroupReport("m", "a" * 64, "backing_off", "out of memory"),), 1, ModelState.UNAVAILABLE, "out of memory"),
         ((GroupReport("m", "b" * 64, "backing_off", "other"),), 1, ModelState.LOADING, "no node has begun"),
         ((), 0, ModelState.UNAVAILABLE, "no replica of it is wanted"),
+        (
+            (GroupReport("m", "a" * 64, "loading", "epoch 1: no memory", "rank 1 on n: weights"),), 1, ModelState.LOADING,
+            "its group is loading (rank 1 on n: weights); before that, epoch 1: no memory",
+        ),
     ],
 )
 def test_without_a_group_the_nodes_say_why(reports: tuple[GroupReport, ...], replicas: int, state: ModelState, reason: str) -> None:
     serving = built(group(revision("b")), reports=reports, replicas=replicas).serving
     assert serving.state is state
     assert reason in serving.reason
+
+
+SERVES = GroupReport("m", "a" * 64, "ready", "")
+
+
+@pytest.mark.parametrize(
+    ("reports", "reason"),
+    [
+        ((SERVES, GroupReport("m", "a" * 64, "backing_off", "no memory")), "a replica fails: no memory"),
+        ((SERVES, GroupReport("m", "a" * 64, "loading", "")), "a replica is missing: its group is loading"),
+        ((SERVES,), ""),
+    ],
+)
+def test_a_model_that_serves_with_too_few_replicas_says_why(reports: tuple[GroupReport, ...], reason: str) -> None:
+    serving = built(group(revision("a")), reports=reports, replicas=2).serving
+    assert (serving.state, serving.reason) == (ModelState.READY, reason)
+    assert built(group(revision("a")), reports=reports, replicas=1).serving.reason == ""
 
 
 def test_a_model_without_its_document_is_not_served() -> None:

@@ -22,8 +22,10 @@ from tensorway.errors import FailedPrecondition
 from tensorway.model import InvalidInput
 from tensorway.model_directory import load_directory
 from tensorway_worker.engines import open_engine
+from tensorway_worker.rank.explain import Explainer
+from tensorway_worker.rank.solo import SoloGroup
 from tensorway_worker.rank.step import BatchRunner
-from tensorway_worker.rank.warmup import warm_up
+from tensorway_worker.rank.warmup import Warming
 
 KNOWN_NEEDS = {"", "mesh", "network", "terminal"}
 
@@ -155,9 +157,10 @@ def test_the_readme_model_is_served_by_its_engine(tmp_path: Path) -> None:
     directory = load_directory(path)
     engine = open_engine(directory, "cpu")
     engine.load()
-    runner = BatchRunner(engine, directory.spec, path, engine.run)
+    group = SoloGroup(engine)
+    runner = BatchRunner(engine, directory.spec, path, group.run, Explainer(group, engine, directory.spec))
     try:
-        warm_up(engine, directory.spec, runner, engine.run)
+        Warming(engine, directory, runner, group).run()
     finally:
         runner.close()
     x = torch.tensor([[1.0, 2.0, 3.0]])

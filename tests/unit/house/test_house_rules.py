@@ -33,11 +33,13 @@ BITES = [
     (house_rules.no_swallowed_errors, "try:\n    f()\nexcept:\n    g()"),
 ]
 #: The one module that knows PyTorch RPC: it is in maintenance mode, and must be replaceable.
-RPC_MODULE = "services/worker/tensorway_worker/rank/group.py"
+RPC_MODULE = "services/worker/tensorway_worker/rank/rpc.py"
 #: Tasks outside of a TaskGroup: (module, function) -> the function of that module that ends them, and how.
 OWNED_TASKS = {
     ("services/worker/tensorway_worker/rank/lifecycle.py", "run"): ("run", "the heartbeat is cancelled and awaited"),
     ("services/worker/tensorway_worker/rank/lifecycle.py", "_unless_stopped"): ("_unless_stopped", "the wait is cancelled"),
+    ("tensorway/transport/channel.py", "read"): ("cancel", "what is pending is gathered"),
+    ("tensorway/transport/channel.py", "write"): ("cancel", "what is pending is gathered"),
     ("tensorway/cli/local_mesh.py", "watch"): ("watch", "the waits are cancelled"),
     ("tensorway/cli/up.py", "_first"): ("_first", "all are cancelled and gathered"),
     ("tensorway/transport/aio_server.py", "stop"): ("stop", "grpc's own stopping is awaited"),
@@ -56,7 +58,7 @@ ENVIRONMENT = {
     "tensorway/transport/__init__.py": "grpc core reads its verbosity there, at its import",
     "services/worker/tensorway_worker/rank_process.py": "passes it on to ranks",
     "services/worker/tensorway_worker/rank/__main__.py": "thread settings that libraries read at their import",
-    "services/worker/tensorway_worker/rank/group.py": "torch reads the interface for RPC there",
+    "services/worker/tensorway_worker/rank/rpc.py": "torch reads the interface for RPC there",
 }
 
 
@@ -96,7 +98,8 @@ def test_there_is_something_to_check() -> None:
 
 def test_pytorch_rpc_is_imported_in_exactly_one_module() -> None:
     importing = [source.path for source in sources(*PRODUCT, *BESIDE) if house_rules.imports(source, "torch.distributed.rpc")]
-    assert importing == [RPC_MODULE]
+    # A benchmark sets the group beside RPC alone.
+    assert sorted(importing) == ["benchmarks/bare_rpc.py", RPC_MODULE]
     for text in ("import torch.distributed.rpc", "from torch.distributed import rpc", "from torch.distributed.rpc import rpc_sync"):
         assert house_rules.imports(parse("x.py", text), "torch.distributed.rpc")
 

@@ -1,7 +1,7 @@
 """One rank of a linked group without a node: `python linked_rank.py RANK PIPELINE TENSOR FOLDER PROGRAM`.
 
-The model is a chain of small layers, cut by stage and, with tensor shards, by columns then rows. PROGRAM names the function below that rank 0
-runs once the group has met; what it returns is printed as JSON.
+The model is a chain of small layers, cut by stage and, with tensor shards, by columns then rows. PROGRAM names the function below that
+rank 0 runs once the group has met; what it returns is printed as JSON.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Chain:
     def __init__(self, place: Place, collective: Collective | None) -> None:
         generator = torch.Generator().manual_seed(7)
         self.table = torch.nn.Embedding(20, WIDTH, _weight=torch.randn(20, WIDTH, generator=generator)).requires_grad_(False)
-        layers = [(torch.randn(12, WIDTH, generator=generator) / 3, torch.randn(WIDTH, 12, generator=generator) / 3) for _ in range(NUM_LAYERS)]
+        pair = ((12, WIDTH), (WIDTH, 12))
+        layers = [tuple(torch.randn(shape, generator=generator) / 3 for shape in pair) for _ in range(NUM_LAYERS)]
         share = NUM_LAYERS // place.num_stages
         own = layers[place.stage * share : (place.stage + 1) * share]
         columns = 12 // place.num_shards
@@ -70,10 +71,9 @@ class Chain:
         return self.table if name == "ids" else None
 
     def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if self.place.is_first:
-            hidden = inputs["x"] if "x" in inputs else self.table(inputs["ids"]).sum(1)
-        else:
-            hidden = inputs["hidden"]
+        hidden = inputs["hidden"] if not self.place.is_first else inputs.get("x")
+        if hidden is None:
+            hidden = self.table(inputs["ids"]).sum(1)
         for up, down in self.layers:
             given = hidden if self.collective is None else _Copy.apply(hidden, self.collective)
             part = torch.tanh(given @ up.T) @ down.T

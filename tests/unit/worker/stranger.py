@@ -1,4 +1,7 @@
-"""A process that is no rank but reaches a rank's RPC port: `python stranger.py PORT FILE`. Tries to have the rank make FILE, and stays connected."""
+"""A process that is no rank but reaches a rank's RPC port: `python stranger.py PORT FILE`.
+
+Tries to have the rank make FILE, and stays connected.
+"""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ import torch
 from tensorway.errors import InvalidRequest
 from tensorway.model_directory import load_directory
 from tensorway_worker.rank.differentiation import LocalDifferentiator
-from tensorway_worker.rank.explain import ExplainOrder, Explainer
+from tensorway_worker.rank.explain import Explainer, ExplainOrder
 from tensorway_worker.rank.gradient_port import Target
-from tensorway_worker.rank.group import SoloGroup
+from tensorway_worker.rank.solo import SoloGroup
 
 _YAML = """
 name: known

@@ -94,9 +94,8 @@ def test_a_stranger_can_run_no_code_and_a_group_that_he_joined_does_not_serve(tm
         mark = tmp_path / "made-by-a-stranger"
         # RPC's listening socket is the one that opened last.
         ports = listening_ports(leader.pid)
-        stranger = subprocess.Popen(
-            [sys.executable, str(_HERE / "stranger.py"), str(ports[-1]), str(mark)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        command = [sys.executable, str(_HERE / "stranger.py"), str(ports[-1]), str(mark)]
+        stranger = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             assert stranger.stdout is not None
             assert stranger.stdout.readline().split()[0] == "refused"

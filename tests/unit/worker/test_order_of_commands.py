@@ -22,13 +22,25 @@ from tensorway_worker.rank.pending import SETTLE_S, Pending
 def test_work_comes_out_by_number_whatever_the_order_of_arrival(order: list[int]) -> None:
     done: list[int] = []
     in_order = InOrder(lambda work: work())
+    in_order.open()
     for number in order:
         in_order.put(number, lambda number=number: done.append(number))
     assert done == list(range(7))
 
 
+def test_what_comes_early_waits_for_the_opening() -> None:
+    done: list[int] = []
+    in_order = InOrder(lambda work: work())
+    for number in (1, 0):
+        in_order.put(number, lambda number=number: done.append(number))
+    assert not done
+    in_order.open()
+    assert done == [0, 1]
+
+
 def test_a_number_comes_once() -> None:
     in_order = InOrder(lambda work: work())
+    in_order.open()
     in_order.put(0, lambda: None)
     in_order.put(2, lambda: None)
     for number in (0, 2):
@@ -39,6 +51,7 @@ def test_a_number_comes_once() -> None:
 def test_many_threads_keep_the_order() -> None:
     done: list[int] = []
     in_order = InOrder(lambda work: work())
+    in_order.open()
     numbers = itertools.count()
     lock = threading.Lock()
 

@@ -213,7 +213,6 @@ async def test_the_end_of_the_nodes_pipe_ends_the_rank(tmp_path: Path) -> None:
 async def test_a_rank_dies_with_its_node(tmp_path: Path) -> None:
     """The parent is killed while somebody else still holds the pipe, so that only the kernel can end the rank."""
     launch = launch_of(MODELS / "identity", tmp_path)
-    Path(launch.rendezvous_dir).mkdir(mode=0o700)
     script = (
         "import os, subprocess, sys, time\n"
         "rank = subprocess.Popen([sys.executable, '-m', 'tensorway_worker.rank'], stdin=0)\n"

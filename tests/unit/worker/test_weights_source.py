@@ -151,7 +151,7 @@ def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes, sai
 
 def test_nothing_is_unpickled_unless_it_is_allowed(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(2), "who": Path("somebody")}, tmp_path / "old.pth")
-    with pytest.raises(FailedPrecondition, match="list it under settings.unpickle"):
+    with pytest.raises(FailedPrecondition, match=r"list it under settings\.unpickle"):
         open_weights(tmp_path / "old.pth")
     with pytest.raises(FailedPrecondition, match="is no state dict"):
         open_weights(tmp_path / "old.pth", unpickle=["old.pth"])
@@ -189,7 +189,8 @@ def test_names_are_the_models_own(tmp_path: Path) -> None:
 
 def test_tensors_that_are_put_together_from_several_are_refused(tmp_path: Path) -> None:
     config = transformers.MixtralConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=12, vocab_size=20, num_local_experts=2
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=12, vocab_size=20,
+        num_local_experts=2,
     )
     model = transformers.MixtralForCausalLM(config)
     model.save_pretrained(tmp_path)
@@ -203,8 +204,9 @@ def test_tensors_that_are_put_together_from_several_are_refused(tmp_path: Path) 
         assert torch.equal(source.load(name, None, None, "cpu"), value)
 
 
-_LLAMA = {"general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 32, "llama.embedding_length": 256,
-          "llama.feed_forward_length": 512, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.vocab_size": 16}  # fmt: skip
+_LLAMA = {"general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 32,
+          "llama.embedding_length": 256, "llama.feed_forward_length": 512, "llama.attention.head_count": 4,
+          "llama.attention.head_count_kv": 2, "llama.vocab_size": 16}  # fmt: skip
 _SHAPES = {"token_embd": (16, 256), "output_norm": (256,), "blk.0.attn_norm": (256,), "blk.0.ffn_norm": (256,), "blk.0.attn_q": (256, 256),
            "blk.0.attn_k": (128, 256), "blk.0.attn_v": (128, 256), "blk.0.attn_output": (256, 256), "blk.0.ffn_gate": (512, 256),
            "blk.0.ffn_up": (512, 256), "blk.0.ffn_down": (256, 512), "output": (16, 256)}  # fmt: skip
@@ -281,7 +283,8 @@ def test_smollm2_equals_what_transformers_reads() -> None:
     assert expected.keys() - set(source.names()) == {"lm_head.weight"}  # tied
     for name in source.names():
         assert torch.equal(source.load(name, None, None, "cpu"), expected[name]), name
-    for name in ("model.layers.3.self_attn.q_proj.weight", "model.layers.3.self_attn.k_proj.weight", "model.layers.29.mlp.down_proj.weight"):
+    for part in ("3.self_attn.q_proj", "3.self_attn.k_proj", "29.mlp.down_proj"):
+        name = f"model.layers.{part}.weight"
         equals_its_slices(source, name, expected[name])
     # The configuration that lies beside the weights is the file's own.
     from tensorway_worker.engines.cut.gguf_source import gguf_config

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +17,8 @@ from tensorway.deadline import Deadline
 from tensorway.model_directory import load_directory
 from tensorway.transport import create_link_client
 from tensorway.transport.port import LinkClient, Payload
-from tensorway_worker.rank.launch import STATUS_FD_VARIABLE, RankLaunch, RankStatus
+from tensorway_worker.meeting import Meeting
+from tensorway_worker.rank.launch import STATUS_FD_VARIABLE, STORE_FD_VARIABLE, RankLaunch, RankStatus
 
 START_S = 60.0
 
@@ -66,7 +69,6 @@ def launch_of(model: Path, folder: Path, **changes: object) -> RankLaunch:
         registry=f"directory:{folder / 'registry'}",
         listen="127.0.0.1:0",
         advertise_host="",
-        rendezvous_dir=str(folder / "rendezvous"),
         threads=1,
         device="cpu",
         transport="completion-queue",
@@ -75,26 +77,37 @@ def launch_of(model: Path, folder: Path, **changes: object) -> RankLaunch:
         grace_s=10.0,
         log_level="info",
         log_format="json",
+        secret="5" * 64,
     )
     return replace(launch, **changes)  # type: ignore[arg-type]
 
 
+def new_meeting() -> Meeting:
+    """Where the ranks of one epoch meet."""
+    return Meeting(asyncio.get_running_loop().call_later)
+
+
 @asynccontextmanager
-async def running(launch: RankLaunch) -> AsyncIterator[RunningRank]:
-    """Starts a rank; kills what is left of it."""
-    Path(launch.rendezvous_dir).mkdir(mode=0o700, exist_ok=True)
-    log = Path(launch.rendezvous_dir) / f"rank-{launch.rank}.log"
+async def running(launch: RankLaunch, meeting: Meeting | None = None) -> AsyncIterator[RunningRank]:
+    """Starts a rank; kills what is left of it. Ranks of one group share a meeting."""
+    folder = Path(tempfile.mkdtemp(prefix="tensorway-rank-"))
+    log = folder / f"rank-{launch.rank}.log"
     read_end, write_end = os.pipe()
+    store_end, store_write_end = os.pipe()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "tensorway_worker.rank"],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            pass_fds=(write_end,),
-            env={**os.environ, STATUS_FD_VARIABLE: str(write_end), "RANK": str(launch.rank), "WORLD_SIZE": str(launch.world_size)},
+            pass_fds=(write_end, store_write_end),
+            env={
+                **os.environ, STATUS_FD_VARIABLE: str(write_end), STORE_FD_VARIABLE: str(store_write_end),
+                "RANK": str(launch.rank), "WORLD_SIZE": str(launch.world_size),
+            },
         )
     os.close(write_end)
+    os.close(store_write_end)
     assert process.stdin is not None
     process.stdin.write(launch.to_json().encode() + b"\n")
     process.stdin.flush()
@@ -102,6 +115,7 @@ async def running(launch: RankLaunch) -> AsyncIterator[RunningRank]:
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(statuses), os.fdopen(read_end, "rb")
     )
+    keep_store(store_end, process, meeting or new_meeting())
     try:
         yield RunningRank(launch, process, statuses, log)
     finally:
@@ -109,6 +123,31 @@ async def running(launch: RankLaunch) -> AsyncIterator[RunningRank]:
         process.wait()
         process.stdin.close()
         transport.close()
+        asyncio.get_running_loop().remove_reader(store_end)
+        os.close(store_end)
+        shutil.rmtree(folder)
+
+
+def keep_store(descriptor: int, process: subprocess.Popen[bytes], meeting: Meeting) -> None:
+    """Answers the rank's operations on the store, as its node does."""
+    loop = asyncio.get_running_loop()
+    rest = bytearray()
+
+    def answer(line: bytes) -> None:
+        if process.poll() is None and process.stdin is not None:
+            os.write(process.stdin.fileno(), line)
+
+    def readable() -> None:
+        read = os.read(descriptor, 65_536)
+        if not read:
+            loop.remove_reader(descriptor)
+        rest.extend(read)
+        while b"\n" in rest:
+            line, _, after = rest.partition(b"\n")
+            rest[:] = after
+            meeting.take(bytes(line), answer)
+
+    loop.add_reader(descriptor, readable)
 
 
 @asynccontextmanager

@@ -15,7 +15,9 @@ from tensorway.transport.port import Payload
 from tensorway.v1 import link_pb2, tensor_pb2
 from tensorway_worker.engines import open_engine
 from tensorway_worker.rank.codec import Codec, Times
+from tensorway_worker.rank.explain import Explainer
 from tensorway_worker.rank.layout import Layouts
+from tensorway_worker.rank.solo import SoloGroup
 from tensorway_worker.rank.step import BatchRunner
 
 REPOSITORY = Path(__file__).parents[3]
@@ -96,10 +98,11 @@ class InProcess:
     def __init__(self, path: Path, device: str = "cpu") -> None:
         self.directory = load_directory(path)
         self.engine = open_engine(self.directory, device)
-        with torch.inference_mode():
+        with torch.inference_mode(False), torch.no_grad():
             self.engine.load()
         spec = self.directory.spec
-        self.runner = BatchRunner(self.engine, spec, path, self.engine.run)
+        group = SoloGroup(self.engine)
+        self.runner = BatchRunner(self.engine, spec, path, group.run, Explainer(group, self.engine, spec))
         self.codec = Codec(spec.model, spec.revision, Layouts(spec.signature, self.runner.padding), self.runner.rules.check_names)
 
     def batch(self, requests: Sequence[Sent], segment_bytes: int = 0) -> list[Outcome]:

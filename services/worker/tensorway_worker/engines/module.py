@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from tensorway.errors import FailedPrecondition, ModelFailed
-from tensorway.model import Inputs, Outputs, Parameters
+from tensorway.model import Inputs, Outputs, Parameters, Value
 from tensorway.model_directory import ModelDirectory
 from tensorway_worker.engines.authored import import_model_py
 from tensorway_worker.engines.weights import module_bytes
@@ -64,7 +64,9 @@ class ModuleEngine:
             path = self._directory.path / name
         if not path.is_file():
             raise FailedPrecondition(f"{name} is neither fetched nor beside model.yaml", field="settings.file")
-        self._module = self._load_module(path, self.device)
+        # Weights made under inference_mode could not take part in a backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            self._module = self._load_module(path, self.device)
 
     def run(self, inputs: Inputs) -> Outputs:
         module = self._module
@@ -84,6 +86,9 @@ class ModuleEngine:
         return None
 
     def embedding(self, name: str) -> torch.nn.Module | None:
+        return None
+
+    def tokens(self, name: str, value: Value) -> Value | None:
         return None
 
     def memory_bytes(self) -> int:

@@ -88,8 +88,8 @@ class Engine(Protocol):
 
 
 def model_error(error: Exception, directory: Path, doing: str) -> TensorwayError:
-    """What a model's exception means to the caller: INVALID_ARGUMENT if the model says so, OutOfMemory where memory ran out, else ModelFailed
-    with its own words.
+    """What a model's exception means to the caller: INVALID_ARGUMENT if the model says so, OutOfMemory where memory ran out, else
+    ModelFailed with its own words.
 
     The message ends with the last frame inside the author's files, e.g. `(model.py:12 in forward)`.
     """

@@ -1,52 +1,121 @@
-"""Engine `python`: an author's `Model` class in `model.py`."""
+"""Engine `python`: an author's `Model` class in `model.py`, whole or a part of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
+from typing import Any, Final
 
 import torch
 
 from tensorway.errors import FailedPrecondition
-from tensorway.model import Inputs, Model, ModelContext, Outputs, Parameters
+from tensorway.model import Inputs, Model, ModelContext, Outputs, Parameters, Value
 from tensorway.model_directory import ModelDirectory
 from tensorway_worker.engines.authored import MODEL_PY, import_model_py
-from tensorway_worker.engines.weights import load_weights, module_bytes
+from tensorway_worker.engines.cut.assembly import Uncut, assembled
+from tensorway_worker.engines.cut.chain import ChainStage
+from tensorway_worker.engines.cut.empty import without_memory
+from tensorway_worker.engines.cut.own_weights import held_bytes
+from tensorway_worker.engines.cut.tensor_plan import plan_of
+from tensorway_worker.engines.embedded import embedding_of
+from tensorway_worker.engines.loading import PartLoading, WholeLoading, modules_of
+from tensorway_worker.engines.port import Cut
+from tensorway_worker.engines.samples import sample_inputs
+from tensorway_worker.engines.weights import load_weights
+
+_SIZED_ROWS: Final = 8
 
 
 class PythonEngine:
-    """Runs the class named by `settings.class`, or the only `Model` subclass that `model.py` defines."""
+    """Runs the class named by `settings.class`, or the only `Model` subclass that `model.py` defines. Implements `Engine`."""
 
-    def __init__(self, directory: ModelDirectory, device: str) -> None:
+    def __init__(self, directory: ModelDirectory, device: str, cut: Cut | None = None) -> None:
         """Imports `model.py`; the class is known from here on, its weights only after `load`."""
         settings = directory.yaml.settings
         self.device = device
+        self._directory = directory
+        self._cut = cut
         module = import_model_py(directory.path)
         if module is None:
             raise FailedPrecondition(f"{directory.path}: engine python needs a {MODEL_PY}", field=MODEL_PY)
         kind = _model_class(module, settings.get("class"))
         self._model = kind()
-        self._context = ModelContext(
-            directory=directory.path,
-            settings=settings,
-            signature=directory.spec.signature,
-            device=device,
-            weights_dtype=directory.yaml.weights_dtype,
-            _load_weights=partial(
-                load_weights, device=device, weights_dtype=directory.yaml.weights_dtype, unpickle=settings.get("unpickle", ())
-            ),
-        )
         self.has_preprocess = kind.preprocess is not Model.preprocess
         self.has_postprocess = kind.postprocess is not Model.postprocess
         self.preprocess_threads = kind.preprocess_threads
         self.padding: Mapping[str, float] = {}
+        self._loading = PartLoading(device, directory.yaml.weights_dtype, ())
+        #: What the cut model's modules hang on; None for a whole model.
+        self._root: torch.nn.Module | None = None
+        self._embeddings: dict[str, torch.nn.Module | None] = {}
         # Bound once: the hot path goes straight to the author's function.
         self.run: Callable[[Inputs], Outputs] = self._model.forward
 
     def load(self) -> None:
-        self._model.load(self._context)
+        # Weights made under inference_mode could not take part in a backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._cut is None:
+                self._load_whole()
+            else:
+                self._load_part(self._cut)
+
+    def _load_whole(self) -> None:
+        dtype, unpickle = self._directory.yaml.weights_dtype, self._directory.yaml.settings.get("unpickle", ())
+        whole = partial(load_weights, device=self.device, weights_dtype=dtype, unpickle=unpickle)
+        self._model.load(self._context(whole, WholeLoading(self.device, dtype, unpickle).into))
         self.padding = dict(self._model.padding)
+
+    def uncut(self, rows: int = 0) -> Uncut:
+        """The model without memory for its weights and all that is needed to cut it; afterwards it is this engine's model.
+
+        `rows`: of the sized example; 0 takes a few.
+        """
+        yaml = self._directory.yaml
+        self._loading = loading = PartLoading(self.device, yaml.weights_dtype, yaml.settings.get("unpickle", ()))
+        with without_memory():
+            self._model.load(self._context(loading.refuse_whole, loading.into))
+        self.padding = dict(self._model.padding)
+        stages = tuple(self._model.stages())
+        self._root = root = torch.nn.ModuleList(stages) if stages else torch.nn.ModuleDict(dict(modules_of(self._model)))
+        if not any(True for _ in root.parameters()):
+            raise FailedPrecondition(
+                f"{yaml.name}: nothing to cut: the model holds no torch.nn.Module with parameters in its attributes, and gives no stages()",
+                field="parallel",
+            )
+        call = ChainStage(stages, 0, len(stages)) if stages else self._model.forward
+        spec = self._directory.spec
+        return Uncut(
+            name=yaml.name,
+            root=root.eval(),
+            call=call,
+            example=sample_inputs(self, spec, 3),
+            sized_example=sample_inputs(self, spec, rows or min(_SIZED_ROWS, yaml.batching.max_rows)),
+            device=self.device,
+            tensor_plan=plan_of(root, yaml.settings.get("tensor_plan")),
+            is_chain=bool(stages),
+        )
+
+    def _load_part(self, cut: Cut) -> None:
+        uncut = self.uncut()
+        part = assembled(uncut, cut, self._loading.reads(uncut.root))
+        if not uncut.is_chain:
+            # Layers that were replaced by this shard's must be what the author's code finds.
+            for name, module in uncut.root.named_children():
+                setattr(self._model, name, module)
+        self.run = part.stage
+        self._embeddings = dict(part.embeddings)
+
+    def _context(self, load_weights: Callable[..., dict[str, Any]], load_into: Callable[..., None]) -> ModelContext:
+        return ModelContext(
+            directory=self._directory.path,
+            settings=self._directory.yaml.settings,
+            signature=self._directory.spec.signature,
+            device=self.device,
+            weights_dtype=self._directory.yaml.weights_dtype,
+            _load_weights=load_weights,
+            _load_into=load_into,
+        )
 
     def preprocess(self, inputs: Inputs, parameters: Parameters) -> Inputs:
         return self._model.preprocess(inputs, parameters)
@@ -58,11 +127,16 @@ class PythonEngine:
         return self._model.example(rows)
 
     def embedding(self, name: str) -> torch.nn.Module | None:
+        if self._root is None and name not in self._embeddings:
+            example = sample_inputs(self, self._directory.spec, 1)
+            self._embeddings[name] = embedding_of(modules_of(self._model).values(), self.run, example, name, self.device)
+        return self._embeddings.get(name)
+
+    def tokens(self, name: str, value: Value) -> Value | None:
         return None
 
     def memory_bytes(self) -> int:
-        modules = [value for value in vars(self._model).values() if isinstance(value, torch.nn.Module)]
-        return sum(map(module_bytes, modules))
+        return held_bytes(self._root if self._root is not None else torch.nn.ModuleList(modules_of(self._model).values()))
 
 
 def _model_class(module: ModuleType, name: object) -> type[Model]:

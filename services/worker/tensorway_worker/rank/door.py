@@ -4,8 +4,8 @@ Both keep their listening sockets for as long as they live, although no rank con
 loops spin, so the descriptor is given another file instead: the kernel closes the listening socket and forgets to watch it, and the
 library keeps a descriptor that stays silent.
 
-Whoever connected before that is found out: every rank tells the others its own ends of its connections, and an accepted connection whose other
-end belongs to none of them is a stranger's.
+Whoever connected before that is found out: every rank tells the others its own ends of its connections, and an accepted connection whose
+other end belongs to none of them is a stranger's.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def read_order(options: inference_pb2.ExplainOptions) -> ExplainOrder:
 
 
 def _read_weights(tensor: tensor_pb2.Tensor) -> torch.Tensor:
-    if tensor.dtype != DataType.FP32:
+    if int(tensor.dtype) != DataType.FP32:
         raise InvalidRequest("options.target.weights: must be FP32", field="options.target.weights")
     content = tensor.data
     check_num_bytes(DataType.FP32, tensor.shape, content, "options.target.weights")

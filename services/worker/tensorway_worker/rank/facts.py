@@ -12,13 +12,18 @@ from tensorway_worker.rank.memory import Meter, open_meter
 class Facts:
     """Memory, and how busy the torch thread is. Lives in the loop."""
 
-    def __init__(self, device: str, executor: Executor, own_limit: int = 0) -> None:
+    def __init__(self, device: str, executor: Executor) -> None:
+        self._device = device
         self._executor = executor
-        self._meter: Meter = open_meter(device, own_limit)
+        self._meter: Meter = open_meter(device)
         self._read_s = time.monotonic()
         self._busy_s = 0.0
         #: Bytes of this rank's weights, once loaded.
         self.weights_bytes = 0
+
+    def limit_memory(self, own_limit: int) -> None:
+        """The model's own limit, bytes; 0 for none."""
+        self._meter = open_meter(self._device, own_limit)
 
     def read(self) -> dict[str, Any]:
         """Fields of `RankStatus`. `busy_share` is of the time since the last reading."""

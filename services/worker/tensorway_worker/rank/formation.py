@@ -15,10 +15,11 @@ from tensorway.model_directory import ModelDirectory
 from tensorway_worker.engines import open_engine
 from tensorway_worker.engines.port import Cut, Engine, model_error
 from tensorway_worker.rank.executor import Executor, Work
-from tensorway_worker.rank.group import LinkedGroup, SoloGroup
+from tensorway_worker.rank.group import LinkedGroup
 from tensorway_worker.rank.launch import RankLaunch
 from tensorway_worker.rank.memory import open_guard
 from tensorway_worker.rank.rpc import Membership
+from tensorway_worker.rank.solo import SoloGroup
 from tensorway_worker.topology import Topology
 
 _LOG = logging.getLogger(__name__)

@@ -23,14 +23,14 @@ from typing import Final
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from tensorway.errors import FailedPrecondition, ModelFailed, TensorwayError
+from tensorway.errors import FailedPrecondition, TensorwayError
 from tensorway.model import Inputs, Outputs, Value
 from tensorway_worker.engines.port import Collective, Engine, model_error
 from tensorway_worker.micro_batches import micro_batches
 from tensorway_worker.rank import rpc
+from tensorway_worker.rank.carry import compact, sendable
 from tensorway_worker.rank.collective import open_collective
 from tensorway_worker.rank.commands import ATTEND, BACKWARD, FAILED, FORWARD, RESULT, SKIP, STEP, Command, failure_detail, failure_of
-from tensorway_worker.rank.differentiation import LocalDifferentiator
 from tensorway_worker.rank.door import Door
 from tensorway_worker.rank.executor import Work
 from tensorway_worker.rank.gradient_port import Differentiator
@@ -94,10 +94,11 @@ class LinkedGroup:
             raise GroupLost(f"{len(strangers)} connections that are no rank's were open to rank {self.rank} of epoch {self.epoch}")
 
     def attach(self, engine: Engine, guard: MemoryGuard | None = None) -> None:
-        """In the torch thread, right after loading: this rank's part of the model. Commands that have come meanwhile wait behind this."""
+        """In the torch thread, after loading: this rank's part of the model. Commands that have come meanwhile are let through."""
         self._engine = engine
         self._guard = guard
         self._run_own = engine.run if guard is None else GuardedRun(guard, engine.run, checks=self.topology.tensor == 1)
+        self.in_order.open()
 
     @property
     def rank(self) -> int:
@@ -116,7 +117,7 @@ class LinkedGroup:
 
     def run(self, inputs: Inputs) -> Outputs:
         """The leader's, in a conductor's thread."""
-        carry = {name: _tensor(name, value) for name, value in inputs.items()}
+        carry = {name: sendable(name, value) for name, value in inputs.items()}
         if self._guard is not None and self.topology.tensor > 1:
             self._guard.check(inputs)
         outcomes = []
@@ -134,6 +135,14 @@ class LinkedGroup:
         if len(results) == 1:
             return dict(results[0])
         return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+
+    def run_in_one(self, inputs: Inputs) -> Outputs:
+        """Like `run`, in one micro-batch: what can be compared bit by bit with the uncut model. While nothing else runs."""
+        wanted, self.wanted_micro_batches = self.wanted_micro_batches, 1
+        try:
+            return self.run(inputs)
+        finally:
+            self.wanted_micro_batches = wanted
 
     def _parts(self, carry: Named) -> list[Named]:
         if not self.is_batchable or not carry:
@@ -167,7 +176,7 @@ class LinkedGroup:
 
     # What follows happens on every rank.
 
-    def _on_message(self, head: str, tensors: list[torch.Tensor]) -> torch.futures.Future[rpc.Message]:
+    def _on_message(self, head: str, tensors: list[torch.Tensor]) -> rpc.Reply:
         """Called by RPC's threads: enqueues, and answers at once."""
         if not head:
             return rpc.replied()  # a greeting
@@ -175,7 +184,11 @@ class LinkedGroup:
         number = command.number
         named = dict(zip(command.names, tensors, strict=False))
         if command.kind == STEP:
-            self.in_order.put(number, partial(self.step, number, named))
+            # The leader's own call of the last stage is answered with the outcome: half the messages of a pipeline of two.
+            reply = rpc.new_reply(tensors) if command.detail.get("reply") else None
+            self.in_order.put(number, partial(self.step, number, named, reply))
+            if reply is not None:
+                return reply
         elif command.kind == RESULT:
             self.pending.resolve(number, named)
         elif command.kind == FAILED:
@@ -193,15 +206,20 @@ class LinkedGroup:
             raise ValueError(f"unknown command {command.kind!r}")
         return rpc.replied()
 
-    def step(self, number: int, carry: Named) -> None:
-        """In the torch thread: this stage's part of a step."""
+    def step(self, number: int, carry: Named, reply: rpc.Reply | None = None) -> None:
+        """In the torch thread: this stage's part of a step. `reply`, where there is one, takes the outcome to the leader."""
         outputs = self.attempt(number, partial(self._own_part, carry))
         if outputs is None:
             self.skip_on(number)
         elif not self.place.is_last:
-            self.send_on(Command(STEP, number, tuple(outputs)), list(outputs.values()))
-        else:
+            is_answered = self.rank == 0 and self.topology.pipeline == 2
+            self.send_on(Command(STEP, number, tuple(outputs), {"reply": True} if is_answered else {}), list(outputs.values()))
+        elif reply is None:
             self.deliver(number, outputs)
+        if reply is not None:
+            outcome = outputs or {}
+            head = Command(RESULT, number, tuple(outcome)).to_head(self.epoch) if outputs is not None else ""
+            reply.set_result((head, [compact(tensor) for tensor in outcome.values()]))
 
     def _own_part(self, carry: Named) -> Outputs:
         if self._run_own is None:
@@ -211,7 +229,7 @@ class LinkedGroup:
     def attempt(self, number: int, part: Callable[[], Mapping[str, Value]]) -> Named | None:
         """What `part` returns; None where the model failed, of which the leader is told. A lost group passes through."""
         try:
-            return {name: _tensor(name, value) for name, value in part().items()}
+            return {name: sendable(name, value) for name, value in part().items()}
         except (GroupLost, torch.AcceleratorError):
             raise
         except Exception as error:  # noqa: BLE001 - a model raises anything; it is the step's outcome
@@ -254,46 +272,20 @@ class LinkedGroup:
 
     def send(self, rank: int, command: Command, tensors: Sequence[torch.Tensor]) -> None:
         """To `rank`, without waiting; that it did not arrive loses the group."""
-        future = rpc.call(rank, command.to_head(self._membership.epoch), [_compact(tensor) for tensor in tensors])
+        future = rpc.call(rank, command.to_head(self._membership.epoch), [compact(tensor) for tensor in tensors])
         future.add_done_callback(partial(self._sent, rank))
 
-    def _sent(self, rank: int, future: torch.futures.Future[rpc.Message]) -> None:
+    def _sent(self, rank: int, future: rpc.Reply) -> None:
         try:
-            future.value()
+            head, tensors = future.value()
         except RuntimeError as error:
             self.lose(GroupLost(f"rank {rank} of epoch {self._membership.epoch} was lost: {first_line(error)}"))
+            return
+        if head:
+            outcome = Command.from_head(head, self.epoch)
+            self.pending.resolve(outcome.number, dict(zip(outcome.names, tensors, strict=True)))
 
     def lose(self, lost: GroupLost) -> None:
         """From any thread: nothing of this epoch can go on."""
         self.pending.lose(lost)
         self._on_lost(lost)
-
-
-class SoloGroup:
-    """A group of one rank: nothing to link."""
-
-    num_conductors = 0
-
-    def __init__(self, engine: Engine, guard: MemoryGuard | None = None) -> None:
-        self._engine = engine
-        # Bound once: where nothing limits memory, the hot path goes straight to the engine.
-        self.run: StepRunner = engine.run if guard is None else GuardedRun(guard, engine.run, checks=True)
-
-    def differentiator(self, name: str) -> Differentiator:
-        return LocalDifferentiator(self._engine)
-
-    def leave(self) -> None:
-        return
-
-
-def _tensor(name: str, value: Value) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor):
-        raise ModelFailed(f"{name} is BYTES, which cannot be sent to other ranks; turn it into tensors in preprocess")
-    return value
-
-
-def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """RPC sends the whole storage of a view, as long as that is less than twice the view."""
-    if tensor.untyped_storage().nbytes() > tensor.nbytes:
-        return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
-    return tensor

@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -37,6 +38,8 @@ from tensorway_worker.rank.warmup import Warming
 
 _LOG = logging.getLogger(__name__)
 _EXIT_SECOND_SIGNAL: Final = 130
+#: Ranks that do not come are their node's to notice, at the start-up timeout.
+_STORE_TIMEOUT_S: Final = 3600.0
 T = TypeVar("T")
 
 
@@ -58,12 +61,11 @@ class Rank:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        model = load_directory(Path(self.launch.model_path)).yaml
-        store = NodeStore(environment, model.startup_timeout_s)
+        store = NodeStore(environment, _STORE_TIMEOUT_S)
         watch_node(loop, orders, self._on_node_gone, store.take_line)
         executor = Executor(loop, self.launch.threads, self._on_crash)
         executor.start()
-        facts = Facts(self.launch.device, executor, model.memory_limit_mb << 20)
+        facts = Facts(self.launch.device, executor)
         report = Report(StatusPipe(environment), executor, facts.read)
         heartbeat = asyncio.create_task(report.heartbeat(self.launch.heartbeat_s))
         heartbeat.add_done_callback(self._on_heartbeat_end)
@@ -86,6 +88,7 @@ class Rank:
     async def _serve(self, executor: Executor, report: Report, facts: Facts, store: NodeStore) -> None:
         launch = self.launch
         directory = _checked_directory(launch)
+        facts.limit_memory(directory.yaml.memory_limit_mb << 20)
         formed = await self._form(directory, executor, report, store)
         engine, group = formed.engine, formed.group
         facts.weights_bytes = await self._unless_stopped(executor.run(engine.memory_bytes))
@@ -95,7 +98,7 @@ class Rank:
         try:
             if launch.rank == 0:
                 report.change(WARMING)
-                warming = Warming(engine, directory, launch, runner, group)
+                warming = Warming(engine, directory, runner, group)
                 await self._unless_stopped(self._warm(executor, warming))
                 # What is loaded stays: the collector need not look at it again and again while requests wait.
                 gc.collect()
@@ -130,8 +133,8 @@ class Rank:
     def _warm(self, executor: Executor, warming: Warming) -> asyncio.Future[None]:
         """In the torch thread, or beside it where steps are only led from here."""
         if warming.group.num_conductors:
-            return asyncio.ensure_future(asyncio.to_thread(warming.run))
-        return executor.run(warming.run)
+            return asyncio.get_running_loop().run_in_executor(None, warming.run, self.launch)
+        return executor.run(partial(warming.run, self.launch))
 
     async def _unless_stopped(self, work: asyncio.Future[T]) -> T:
         """The result of `work`, or _Stopped as soon as the rank is asked to stop: loading cannot be interrupted, only left behind."""

@@ -107,7 +107,7 @@ class BackwardPasses:
         group.skip_on(number + 1)
         group.in_order.put(number + 1, partial(self.backward, number + 1, {}, True))
 
-    def attend(self, carry: Named, reply: torch.futures.Future[rpc.Message]) -> None:
+    def attend(self, carry: Named, reply: rpc.Reply) -> None:
         """In the torch thread: this stage for the leader's autograd context. The carry's tensors are part of its graph."""
         # The reply must be given where gradients are recorded: else torch sends it as a plain tensor, and the way back ends here.
         with torch.inference_mode(False), torch.enable_grad():

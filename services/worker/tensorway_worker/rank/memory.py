@@ -130,7 +130,7 @@ class MemoryGuard:
         predicted = self.predict(num_bytes(inputs))
         if predicted > limit > 0:
             raise OutOfMemory(
-                f"the step is predicted to need {_mib(predicted)} of memory, and {_mib(limit)} may be used; send fewer rows or shorter inputs"
+                f"the step is predicted to need {_mib(predicted)} of memory, and {_mib(limit)} may be used; send less at once"
             )
 
     def predict(self, input_bytes: int) -> int:
@@ -156,8 +156,8 @@ class MemoryGuard:
 class GuardedRun:
     """An engine's `run` that is measured, and refused where it is predicted not to fit. In the torch thread.
 
-    Shards of one stage must not decide each for itself: one that refuses leaves the others waiting for its sums. So with `checks` off it only
-    measures, and the leader asks `guard.check` before it sends the step to anybody.
+    Shards of one stage must not decide each for itself: one that refuses leaves the others waiting for its sums. So with `checks` off it
+    only measures, and the leader asks `guard.check` before it sends the step to anybody.
     """
 
     def __init__(self, guard: MemoryGuard, run: Callable[[Inputs], Outputs], checks: bool) -> None:

@@ -42,8 +42,10 @@ _SECRET_CHARS: Final = 64
 
 #: What a call or a reply carries.
 Message = tuple[str, list[torch.Tensor]]
+#: A reply that has come, or will.
+Reply = torch.futures.Future[Message]
 #: Takes one call, in a thread of RPC: enqueues the work and returns at once. The future becomes the reply.
-Handler = Callable[[str, list[torch.Tensor]], "torch.futures.Future[Message]"]
+Handler = Callable[[str, list[torch.Tensor]], Reply]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,26 +179,26 @@ def _greet(membership: Membership, store: Store) -> None:
     store.wait([f"greeted/{rank}" for rank in others])
 
 
-def call(rank: int, head: str, tensors: Sequence[torch.Tensor]) -> torch.futures.Future[Message]:
+def call(rank: int, head: str, tensors: Sequence[torch.Tensor]) -> Reply:
     """Calls `rank`; the future holds its reply, or a RuntimeError where it is lost or refuses. Tensors must not change until then."""
-    future: torch.futures.Future[Message] = rpc.rpc_async(_name(rank), _receive, (head, list(tensors)), timeout=_CALL_TIMEOUT_S)
+    future: Reply = rpc.rpc_async(_name(rank), _receive, (head, list(tensors)), timeout=_CALL_TIMEOUT_S)
     return future
 
 
 @rpc.functions.async_execution  # type: ignore[untyped-decorator]
-def _receive(head: str, tensors: list[torch.Tensor]) -> torch.futures.Future[Message]:
+def _receive(head: str, tensors: list[torch.Tensor]) -> Reply:
     """Stands for the other rank's handler: the whole of the allow-list. What arrives is run by `_Wire.run`."""
     raise RuntimeError("called on the wrong side")
 
 
-def replied(head: str = "", tensors: Sequence[torch.Tensor] = ()) -> torch.futures.Future[Message]:
+def replied(head: str = "", tensors: Sequence[torch.Tensor] = ()) -> Reply:
     """A reply that is there already."""
     future = new_reply(tensors)
     future.set_result((head, list(tensors)))
     return future
 
 
-def new_reply(tensors: Sequence[torch.Tensor] = ()) -> torch.futures.Future[Message]:
+def new_reply(tensors: Sequence[torch.Tensor] = ()) -> Reply:
     """A reply to be given later; `tensors` shows on which devices its content will lie."""
     devices: list[int | str | torch.device] = list({tensor.device for tensor in tensors if tensor.is_cuda})
     return torch.futures.Future(devices=devices) if devices else torch.futures.Future()

@@ -16,10 +16,12 @@ from tensorway.signature import ROWS, RevisionSpec, TensorSpec
 from tensorway.tensors import ITEM_SIZE, DataType, encode_bytes, num_elements
 from tensorway_worker.engines.port import Engine
 from tensorway_worker.rank.batch import Request
-from tensorway_worker.rank.group import LinkedGroup, SoloGroup
+from tensorway_worker.rank.group import LinkedGroup
 from tensorway_worker.rank.launch import RankLaunch
 from tensorway_worker.rank.layout import Layouts
+from tensorway_worker.rank.solo import SoloGroup
 from tensorway_worker.rank.step import BatchRunner
+from tensorway_worker.rank.verification import verify
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,12 +36,11 @@ class Warming:
 
     engine: Engine
     directory: ModelDirectory
-    launch: RankLaunch
     runner: BatchRunner
     group: LinkedGroup | SoloGroup
 
-    def run(self) -> None:
-        """One step of 1 row and one of `max_rows`. Raises what the model raises; where the launch asks for it, compares the outputs of
+    def run(self, launch: RankLaunch | None = None) -> None:
+        """One step of 1 row and one of `max_rows`. Raises what the model raises; where `launch` asks for it, compares the outputs of
         the group with those of the uncut model, and raises FailedPrecondition where they differ.
 
         A model may refuse made-up inputs as a caller's fault (zero bytes are no picture): that is not a failure.
@@ -48,6 +49,8 @@ class Warming:
         sizes = sorted({1, spec.batching.max_rows}) if spec.signature.is_batchable else [1]
         for rows in sizes:
             self._step(rows)
+        if launch is not None and launch.verify and isinstance(self.group, LinkedGroup):
+            verify(self.engine, self.directory, launch, self.group)
 
     def _step(self, rows: int) -> None:
         example = self.engine.example(rows)

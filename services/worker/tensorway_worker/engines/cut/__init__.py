@@ -1,0 +1,1 @@
+"""Cutting a model: which layers a rank holds, which slices of their tensors, and how only those are read."""
