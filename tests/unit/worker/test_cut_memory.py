@@ -41,6 +41,7 @@ from tensorway_worker.engines import open_engine
 from tensorway_worker.engines.port import Cut
 from tensorway_worker.topology import Place
 import tensorway_worker.engines.python
+from tensorway_worker.engines.cut.tracer import trace
 sys.path.insert(0, {tests!r})
 from cut_ranks import Agreement, Alone
 
@@ -54,6 +55,9 @@ def watch():
 cut = Cut(Place({stage}, 2), Alone(), Agreement()) if {stage} >= 0 else None
 engine = open_engine(load_directory(Path({path!r})), "cpu", cut)
 torch.set_num_threads(1)
+# Running without weights imports a good deal of torch the first time.
+small = torch.nn.Linear(8, 8, device="meta")
+trace(small, lambda inputs: {{"y": small(inputs["x"])}}, {{"x": torch.ones(2, 8)}})
 before, seen, done = own_bytes(), [], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
@@ -90,5 +94,5 @@ def test_a_rank_never_holds_more_than_its_own_part(tower: Path) -> None:
         held, grown = load(tower, stage)
         assert held == half
         # Its own six layers, and a little for everything else; the one layer that rank 0 measures is gone before.
-        assert half <= grown < half + 1.5 * _LAYER_BYTES
+        assert half <= grown < half + _LAYER_BYTES // 2
     assert load(tower, -1)[1] >= 2 * half

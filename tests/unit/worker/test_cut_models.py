@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
 from cut_ranks import Agreement, chained, stages_of, whole_of
+from shard_threads import ThreadCollective
 from worker_wire import MODELS
 
 from tensorway.model import Inputs
-from tensorway_worker.engines.port import Engine
+from tensorway.model_directory import load_directory
+from tensorway_worker.engines import open_engine
+from tensorway_worker.engines.port import Cut, Engine
+from tensorway_worker.engines.reference import compare
+from tensorway_worker.topology import Place
 
 pytestmark = pytest.mark.models
 
@@ -86,6 +94,31 @@ def test_smollm2() -> None:
     assert said["boundaries"][1] <= 15
     table = 49152 * 576 * 4
     assert all(table < engine.memory_bytes() < whole("smollm2").memory_bytes() - table for engine in engines)
+
+
+@pytest.mark.parametrize("name", ["minilm-ids", "smollm2"])
+def test_stages_of_shards_are_the_uncut_model_within_the_tolerance(name: str) -> None:
+    """Pipeline 2 x tensor 2: each stage's shards run at once, in a thread each, and really sum what they make."""
+    agreement = Agreement()
+    barriers = [threading.Barrier(2, timeout=60) for _ in range(2)]
+    slots = [[torch.empty(0)] * 2 for _ in range(2)]
+    ranks: dict[tuple[int, int], Engine] = {}
+    for stage, shard in itertools.product(range(2), range(2)):
+        cut = Cut(Place(stage, 2, shard, 2), ThreadCollective(shard, slots[stage], barriers[stage]), agreement)
+        ranks[stage, shard] = open_engine(load_directory(MODELS / name), "cpu", cut)
+        ranks[stage, shard].load()
+    assert all(engine.memory_bytes() < whole(name).memory_bytes() * 0.6 for engine in ranks.values())
+    inputs = example(name, 3)
+    carries = [dict(inputs), dict(inputs)]
+    with ThreadPoolExecutor(2) as pool:
+        for stage in range(2):
+            carries = list(pool.map(lambda shard, stage=stage: ranks[stage, shard].run(carries[shard]), range(2)))
+    with torch.inference_mode():
+        wanted = whole(name).run(dict(inputs))
+    for found in carries:
+        assert compare(found, wanted, 2) is None
+        # Another order of sums: a shard that did all the work alone would give the same bits.
+        assert compare(found, wanted, 1) is not None
 
 
 @pytest.mark.parametrize("name", ["minilm-ids", "smollm2"])

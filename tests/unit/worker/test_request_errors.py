@@ -8,7 +8,7 @@ import pytest
 import torch
 from worker_wire import TEST_MODELS, InProcess, Sent, answered, as_torch, tensor, write_batch
 
-from tensorway.errors import DeadlineExceeded, InvalidRequest, ModelFailed, TensorwayError
+from tensorway.errors import DeadlineExceeded, InvalidRequest, ModelFailed, OutOfMemory, TensorwayError
 from tensorway.tensors import DataType, Tensor
 from tensorway.v1 import link_pb2
 from tensorway_worker.rank.batch import Request
@@ -31,7 +31,7 @@ def order(*values: int, **parameters: int) -> Sent:
         (1, InvalidRequest, "order 1 is refused"),
         (2, InvalidRequest, "order 2 is refused late"),
         (3, ModelFailed, "forward raised KeyError: 'order 3' (model.py:26 in forward)"),
-        (4, ModelFailed, "alloc"),
+        (4, OutOfMemory, "alloc"),
         (5, InvalidRequest, "order 5 is refused at the end"),
         (6, ModelFailed, "preprocess raised ZeroDivisionError: order 6 divides by zero (model.py:17 in preprocess)"),
         (8, ModelFailed, "postprocess raised RuntimeError: order 8 (model.py:41 in postprocess)"),

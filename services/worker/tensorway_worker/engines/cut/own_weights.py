@@ -50,27 +50,44 @@ def fill(root: torch.nn.Module, own: Collection[str], names: Names, slices: Mapp
     shared: dict[object, torch.Tensor] = {}
     persistent = set(root.state_dict(keep_vars=True))
     with torch.inference_mode(False), torch.no_grad():
-        for name, tensor in list(_weights(root)):
+        for name in [name for name, _ in _weights(root)]:
             where, last = _place(root, name)
-            is_parameter = isinstance(tensor, torch.nn.Parameter)
-            if not is_parameter and name not in persistent:
-                where[last] = tensor.to(device)
+            same = names.get(name, (name,))
+            key = (min(same), slices.get(name))
+            if name not in persistent:
+                where[last] = where[last].to(device)
             elif name not in own:
-                where[last] = _empty(tensor)
-            else:
-                part = slices.get(name)
-                key = (tuple(sorted(names.get(name, (name,)))), part)
-                if key not in shared:
-                    found = read(names.get(name, (name,)), part)
-                    if found is None:
-                        if is_parameter or tensor.is_meta:
-                            raise _missing(name)
-                        # A buffer that no weights file holds keeps what the model's own code put there.
-                        found = tensor.to(device)
-                    _check_shape(name, found, tensor)
-                    found = found.clone() if is_askew(found) else found
-                    shared[key] = torch.nn.Parameter(found, requires_grad=False) if is_parameter else found
+                where[last] = _empty(where[last])
+            elif key in shared:
                 where[last] = shared[key]
+            else:
+                shared[key] = where[last] = _read(where, last, same, slices.get(name), read, device)
+
+
+def _read(
+    where: dict[str, Any], last: str, same: Sequence[str], part: Slice | None, read: Read, device: str
+) -> torch.Tensor:
+    """The weight that is to stand at `where[last]`; what stands there is let go of first."""
+    before: torch.Tensor = where[last]
+    is_parameter, shape = isinstance(before, torch.nn.Parameter), before.shape
+    if is_parameter:
+        where[last] = before = _empty(before)
+    found = read(same, part)
+    if found is None:
+        if is_parameter or before.is_meta:
+            raise FailedPrecondition(
+                f"no weights file holds {same[0]}: name the right file in model.yaml, or have model.py's load read it with "
+                "context.load_into",
+                field="files",
+            )
+        # A buffer that no weights file holds keeps what the model's own code put there.
+        return before.to(device)
+    if found.shape != shape:
+        raise FailedPrecondition(
+            f"{same[0]} is of shape {list(found.shape)} in the weights file, and of {list(shape)} in the model", field="files"
+        )
+    found = found.clone() if is_askew(found) else found
+    return torch.nn.Parameter(found, requires_grad=False) if is_parameter else found
 
 
 def reader(source: WeightsSource, dtype: torch.dtype | None, device: str) -> Read:
@@ -134,17 +151,3 @@ def _empty(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     on_meta = tensor.to("meta")
     return torch.nn.Parameter(on_meta, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else on_meta
-
-
-def _missing(name: str) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"no weights file holds {name}: name the right file in model.yaml, or have model.py's load read it with context.load_into",
-        field="files",
-    )
-
-
-def _check_shape(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
-    if found.shape != wanted.shape:
-        raise FailedPrecondition(
-            f"{name} is of shape {list(found.shape)} in the weights file, and of {list(wanted.shape)} in the model", field="files"
-        )
