@@ -55,7 +55,7 @@ def launches(
 ) -> tuple[Launch, ...]:
     """Every rank of the block, in order. `devices` are the devices of each: one, or several in a `custom` group."""
     return tuple(
-        (launch := _launch(orders, directory, settings, node, local_rank, own), _environment(launch, own))
+        (launch := _launch(orders, directory, settings, node, local_rank, own), _environment(launch, own, devices))
         for local_rank, own in enumerate(devices)
     )
 
@@ -70,7 +70,7 @@ def _launch(
         pipeline=orders.pipeline, tensor=orders.tensor, node=node, registry=settings.registry,
         listen=settings.rank_listen, advertise_host=settings.advertise_host,
         threads=threads_per_rank(os.cpu_count() or 1, orders.num_ranks, directory.yaml.threads or settings.threads),
-        # A rank sees its own devices only, by CUDA_VISIBLE_DEVICES.
+        # CUDA_VISIBLE_DEVICES puts its own device first.
         device="cuda:0" if is_cuda else "cpu", num_devices=len(devices) if is_cuda else 0,
         transport=settings.transport, max_message_bytes=settings.max_message_bytes,
         heartbeat_s=orders.heartbeat_s, grace_s=orders.grace_s, log_level=settings.log_level, log_format=settings.log_format,
@@ -80,8 +80,12 @@ def _launch(
     )
 
 
-def _environment(launch: RankLaunch, devices: tuple[str, ...]) -> dict[str, str]:
-    """torchrun's variables, the interface for the group's own traffic, and the devices that the rank may see."""
+def _environment(launch: RankLaunch, own: tuple[str, ...], of_block: Sequence[tuple[str, ...]]) -> dict[str, str]:
+    """torchrun's variables, the interface for the group's own traffic, and the devices that the rank may see.
+
+    Its own device comes first and is its `cuda:0`. Its neighbours' devices follow: memory can go from device to device (CUDA IPC) only where
+    both processes see both.
+    """
     environment = {
         "RANK": str(launch.rank), "LOCAL_RANK": str(launch.local_rank), "WORLD_SIZE": str(launch.world_size),
         # Ranks meet through their node (`meeting.py`); a program that wants torchrun's own rendezvous finds no port here.
@@ -90,5 +94,7 @@ def _environment(launch: RankLaunch, devices: tuple[str, ...]) -> dict[str, str]
         **dict.fromkeys(_INTERFACE_VARIABLES, launch.interface),
     }
     if launch.num_devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.removeprefix("cuda:") for device in devices)
+        neighbours = [device for devices in of_block for device in devices]
+        seen = dict.fromkeys((*own, *neighbours))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.removeprefix("cuda:") for device in seen)
     return environment

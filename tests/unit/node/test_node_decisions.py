@@ -101,7 +101,7 @@ def test_every_rank_of_a_block_gets_its_own_launch(tmp_path: Path) -> None:
         (2, 0, 4, 2), (3, 1, 4, 2),
     ]
     assert (first.interface, first.device, first.num_devices, first.verify, first.node) == ("eth9", "cuda:0", 1, True, "n2")
-    assert [one["CUDA_VISIBLE_DEVICES"], two["CUDA_VISIBLE_DEVICES"]] == ["3", "5"]
+    assert [one["CUDA_VISIBLE_DEVICES"], two["CUDA_VISIBLE_DEVICES"]] == ["3,5", "5,3"]
     assert {one[name] for name in ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")} == {"eth9"}
     assert [one["RANK"], one["LOCAL_RANK"], one["WORLD_SIZE"], one["LOCAL_WORLD_SIZE"]] == ["2", "0", "4", "2"]
 

@@ -25,6 +25,8 @@ from tensorway_worker.rank.group import LinkedGroup
 from tensorway_worker.rank.rpc import Membership
 from tensorway_worker.topology import Place, Topology
 
+#: `cpu`, or `cuda:0` where a test on such a machine says so.
+DEVICE = os.environ.get("LINKED_DEVICE", "cpu")
 WIDTH = 6
 NUM_LAYERS = 4
 
@@ -53,18 +55,18 @@ class _Copy(torch.autograd.Function):
 class Chain:
     """x -> x + down(tanh(up(x))), NUM_LAYERS times; `ids` pass through an embedding first. Refuses 13."""
 
-    device = "cpu"
+    device = DEVICE
 
     def __init__(self, place: Place, collective: Collective | None) -> None:
         generator = torch.Generator().manual_seed(7)
-        self.table = torch.nn.Embedding(20, WIDTH, _weight=torch.randn(20, WIDTH, generator=generator)).requires_grad_(False)
+        self.table = torch.nn.Embedding(20, WIDTH, _weight=torch.randn(20, WIDTH, generator=generator)).requires_grad_(False).to(DEVICE)
         pair = ((12, WIDTH), (WIDTH, 12))
         layers = [tuple(torch.randn(shape, generator=generator) / 3 for shape in pair) for _ in range(NUM_LAYERS)]
         share = NUM_LAYERS // place.num_stages
         own = layers[place.stage * share : (place.stage + 1) * share]
         columns = 12 // place.num_shards
         part = slice(place.shard * columns, (place.shard + 1) * columns)
-        self.layers = [(up[part], down[:, part]) for up, down in own]
+        self.layers = [(up[part].to(DEVICE), down[:, part].to(DEVICE)) for up, down in own]
         self.place, self.collective = place, collective
 
     def embedding(self, name: str) -> torch.nn.Module | None:
@@ -90,7 +92,7 @@ def whole() -> Chain:
 
 
 def inputs(rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    return {"x": torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))}
+    return {"x": torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed)).to(DEVICE)}
 
 
 def steps(group: LinkedGroup) -> object:
@@ -113,7 +115,7 @@ def steps(group: LinkedGroup) -> object:
 def failures(group: LinkedGroup) -> object:
     """A step that the last stage refuses, then one that it takes."""
     try:
-        group.run({"x": torch.full((2, WIDTH), 50.0)})
+        group.run({"x": torch.full((2, WIDTH), 50.0, device=DEVICE)})
     except Exception as error:  # noqa: BLE001 - shown to the test
         said = f"{type(error).__name__}: {error}"
     return {"said": said, "then": list(group.run(inputs(3))["y"].shape)}
@@ -122,9 +124,9 @@ def failures(group: LinkedGroup) -> object:
 def gradients(group: LinkedGroup) -> object:
     """Both differentiators beside local autograd, for an input and an embedding, concurrently with steps."""
     found: dict[str, float] = {}
-    ids = {"ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+    ids = {"ids": torch.tensor([[1, 2, 3], [4, 5, 6]], device=DEVICE)}
     local = LocalDifferentiator(whole())
-    kinds = ["vjp"] if group.topology.tensor > 1 else ["vjp", "dist_autograd"]
+    kinds = ["vjp"] if group.topology.tensor > 1 or DEVICE != "cpu" else ["vjp", "dist_autograd"]
     jobs = [(kind, given, name, target) for kind in kinds for given, name in ((inputs(3), "x"), (ids, "ids")) for target in (
         Target("y", index=(2,)), Target("y", weights=torch.arange(float(WIDTH))), Target("y"))]
 
@@ -194,7 +196,7 @@ def main() -> None:
     torch.set_num_threads(1)
     topology = Topology(pipeline, tensor)
     queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
-    membership = Membership(rank, topology.world_size, 3, "ab" * 32, 20.0)
+    membership = Membership(rank, topology.world_size, 3, "ab" * 32, 20.0, DEVICE)
     group = LinkedGroup(topology, membership, folder, queue.put, lambda lost: print(f"lost: {lost}", file=sys.stderr, flush=True))
     collective = group.join(FileStore(str(folder / "store"), topology.world_size), "lo")
     place = topology.place(rank)
