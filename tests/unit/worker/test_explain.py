@@ -14,6 +14,7 @@ from tensorway.model_directory import load_directory
 from tensorway_worker.rank.differentiation import LocalDifferentiator
 from tensorway_worker.rank.explain import Explainer, ExplainOrder
 from tensorway_worker.rank.gradient_port import Target
+from tensorway_worker.rank.received import bytes_of
 from tensorway_worker.rank.solo import SoloGroup
 
 _YAML = """
@@ -130,3 +131,9 @@ def test_orders_that_do_not_fit_are_the_callers_fault(tmp_path: Path, order: Exp
 def test_what_does_not_depend_on_the_input_has_no_attribution() -> None:
     found = LocalDifferentiator(Known(lambda x: torch.ones(len(x), 2))).gradient({"x": X}, "x", None, Target("y"))
     assert found.gradient.tolist() == torch.zeros_like(X).tolist()
+
+
+def test_a_single_element_of_any_stride_has_its_bytes() -> None:
+    odd = torch.arange(6.0).reshape(2, 3)[:1, 1]
+    assert odd.stride() == (3,)
+    assert bytes(bytes_of(odd)) == bytes(bytes_of(torch.tensor([1.0])))

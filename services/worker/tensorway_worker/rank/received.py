@@ -100,8 +100,10 @@ def bytes_of(value: Value) -> Buffer:
             return b""
         if value.requires_grad:
             value = value.detach()
-        # `contiguous` resolves strides; flattening first lets a scalar be viewed as bytes too.
-        return value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        flat = value.contiguous().reshape(-1)
+        # A single element keeps whatever stride it had, which a view as bytes does not take.
+        flat = flat.as_strided(flat.shape, (1,))
+        return flat.view(torch.uint8).numpy().data
     return encode_bytes(_element(element) for element in value.reshape(-1).tolist())
 
 
