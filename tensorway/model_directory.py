@@ -21,6 +21,8 @@ from tensorway.tensors import DataType
 from tensorway.torchserve_keys import translated
 
 MODEL_FILE = "model.yaml"
+#: What a model may be called.
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 #: Where declared files land inside the directory; git-ignored, and not hashed (their declared SHA-256 is).
 FILES_DIR = "files"
 
@@ -114,7 +116,7 @@ class ParallelYaml(_Strict):
 class ModelYaml(_Strict):
     """model.yaml."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    name: Annotated[str, Field(pattern=MODEL_NAME)]
     description: str = ""
     version: str = "1"
     engine: Literal["python", "torchscript", "export", "transformers"]

@@ -86,7 +86,9 @@ def show(found: dict[str, Any]) -> None:
     console = Console()
     console.print(_ranks(found))
     whole = f"{found['whole_weights_bytes'] / _MIB:.0f} MiB of weights, {found['whole_time_s'] * 1e3:.1f} ms a step"
-    console.print(f"One rank alone: {whole} of {found['rows']} rows ({found['device']}, {found['threads']} threads).", highlight=False)
+    inputs = ", ".join(f"{name} {shape}" for name, shape in found["inputs"].items())
+    where = f"{found['device']}, {found['threads']} thread{'s' if found['threads'] != 1 else ''}"
+    console.print(Text(f"For {inputs} on {where}, one rank alone: {whole}."))
     for count, seconds in found["step_s"].items():
         pieces = "as one batch" if count == "1" else f"in {count} micro-batches"
         console.print(f"Cut, {pieces}: {seconds * 1e3:.1f} ms a step, {_ratio(found['whole_time_s'], seconds)}.", highlight=False)

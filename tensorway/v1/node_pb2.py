@@ -22,47 +22,60 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from tensorway.v1 import tensor_pb2 as tensorway_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensorway/v1/node.proto\x12\x0ctensorway.v1\"\xc7\x01\n\x0fRunRanksRequest\x12*\n\x06orders\x18\x01 \x01(\x0b\x32\x18.tensorway.v1.RankOrdersH\x00\x12+\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x19.tensorway.v1.StoreAnswerH\x00\x12\'\n\x04stop\x18\x03 \x01(\x0b\x32\x17.tensorway.v1.StopRanksH\x00\x12\'\n\x04\x62\x65\x61t\x18\x04 \x01(\x0b\x32\x17.tensorway.v1.OwnerBeatH\x00\x42\t\n\x07message\"\xff\x01\n\nRankOrders\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\r\n\x05group\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\r\x12\r\n\x05owner\x18\x05 \x01(\t\x12\x12\n\nfirst_rank\x18\x06 \x01(\r\x12\x11\n\tnum_ranks\x18\x07 \x01(\r\x12\x10\n\x08pipeline\x18\x08 \x01(\r\x12\x0e\n\x06tensor\x18\t \x01(\r\x12\x0e\n\x06secret\x18\n \x01(\t\x12\x0e\n\x06verify\x18\x0b \x01(\x08\x12\x13\n\x0bheartbeat_s\x18\x0c \x01(\x01\x12\x14\n\x0chung_after_s\x18\r \x01(\x01\x12\x0f\n\x07grace_s\x18\x0e \x01(\x01\")\n\x0bStoreAnswer\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04line\x18\x02 \x01(\x0c\"\x1c\n\tStopRanks\x12\x0f\n\x07grace_s\x18\x01 \x01(\x01\"\x0b\n\tOwnerBeat\"\xf5\x01\n\x10RunRanksResponse\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.tensorway.v1.StartedRanksH\x00\x12(\n\x06status\x18\x02 \x01(\x0b\x32\x16.tensorway.v1.RankLineH\x00\x12(\n\x06output\x18\x03 \x01(\x0b\x32\x16.tensorway.v1.RankLineH\x00\x12+\n\toperation\x18\x04 \x01(\x0b\x32\x16.tensorway.v1.RankLineH\x00\x12&\n\x04\x65xit\x18\x05 \x01(\x0b\x32\x16.tensorway.v1.RankExitH\x00\x42\t\n\x07message\"8\n\x0cStartedRanks\x12(\n\x05ranks\x18\x01 \x03(\x0b\x32\x19.tensorway.v1.StartedRank\"8\n\x0bStartedRank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"&\n\x08RankLine\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04line\x18\x02 \x01(\x0c\"&\n\x08RankExit\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x11\"\x13\n\x11ListGroupsRequest\"9\n\x12ListGroupsResponse\x12#\n\x06groups\x18\x01 \x03(\x0b\x32\x13.tensorway.v1.Group\"\xe5\x01\n\x05Group\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\r\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.tensorway.v1.GroupState\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x07 \x01(\t\x12\x0c\n\x04pids\x18\x08 \x03(\r\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x04\x12!\n\x05ranks\x18\n \x03(\x0b\x32\x12.tensorway.v1.Rank\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\"\x8b\x02\n\x04Rank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.tensorway.v1.RankState\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x15\n\x08\x66raction\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\x12\x15\n\rweights_bytes\x18\t \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\n \x01(\x04\x12\x1a\n\x12memory_limit_bytes\x18\x0b \x01(\x04\x12\x12\n\nbusy_share\x18\x0c \x01(\x01\x42\x0b\n\t_fraction*\xc3\x01\n\nGroupState\x12\x1b\n\x17GROUP_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14GROUP_STATE_STARTING\x10\x01\x12\x17\n\x13GROUP_STATE_LOADING\x10\x02\x12\x17\n\x13GROUP_STATE_WARMING\x10\x03\x12\x15\n\x11GROUP_STATE_READY\x10\x04\x12\x1b\n\x17GROUP_STATE_BACKING_OFF\x10\x05\x12\x18\n\x14GROUP_STATE_STOPPING\x10\x06*\xb6\x01\n\tRankState\x12\x1a\n\x16RANK_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13RANK_STATE_STARTING\x10\x01\x12\x16\n\x12RANK_STATE_LOADING\x10\x02\x12\x16\n\x12RANK_STATE_WARMING\x10\x03\x12\x14\n\x10RANK_STATE_READY\x10\x04\x12\x17\n\x13RANK_STATE_STOPPING\x10\x05\x12\x15\n\x11RANK_STATE_FAILED\x10\x06\x32\xad\x01\n\x0bNodeService\x12O\n\nListGroups\x12\x1f.tensorway.v1.ListGroupsRequest\x1a .tensorway.v1.ListGroupsResponse\x12M\n\x08RunRanks\x12\x1d.tensorway.v1.RunRanksRequest\x1a\x1e.tensorway.v1.RunRanksResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensorway/v1/node.proto\x12\x0ctensorway.v1\x1a\x19tensorway/v1/tensor.proto\"\xc7\x01\n\x0fRunRanksRequest\x12*\n\x06orders\x18\x01 \x01(\x0b\x32\x18.tensorway.v1.RankOrdersH\x00\x12+\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x19.tensorway.v1.StoreAnswerH\x00\x12\'\n\x04stop\x18\x03 \x01(\x0b\x32\x17.tensorway.v1.StopRanksH\x00\x12\'\n\x04\x62\x65\x61t\x18\x04 \x01(\x0b\x32\x17.tensorway.v1.OwnerBeatH\x00\x42\t\n\x07message\"\xff\x01\n\nRankOrders\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\r\n\x05group\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\r\x12\r\n\x05owner\x18\x05 \x01(\t\x12\x12\n\nfirst_rank\x18\x06 \x01(\r\x12\x11\n\tnum_ranks\x18\x07 \x01(\r\x12\x10\n\x08pipeline\x18\x08 \x01(\r\x12\x0e\n\x06tensor\x18\t \x01(\r\x12\x0e\n\x06secret\x18\n \x01(\t\x12\x0e\n\x06verify\x18\x0b \x01(\x08\x12\x13\n\x0bheartbeat_s\x18\x0c \x01(\x01\x12\x14\n\x0chung_after_s\x18\r \x01(\x01\x12\x0f\n\x07grace_s\x18\x0e \x01(\x01\")\n\x0bStoreAnswer\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04line\x18\x02 \x01(\x0c\"\x1c\n\tStopRanks\x12\x0f\n\x07grace_s\x18\x01 \x01(\x01\"\x0b\n\tOwnerBeat\"\xf5\x01\n\x10RunRanksResponse\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.tensorway.v1.StartedRanksH\x00\x12(\n\x06status\x18\x02 \x01(\x0b\x32\x16.tensorway.v1.RankLineH\x00\x12(\n\x06output\x18\x03 \x01(\x0b\x32\x16.tensorway.v1.RankLineH\x00\x12+\n\toperation\x18\x04 \x01(\x0b\x32\x16.tensorway.v1.RankLineH\x00\x12&\n\x04\x65xit\x18\x05 \x01(\x0b\x32\x16.tensorway.v1.RankExitH\x00\x42\t\n\x07message\"8\n\x0cStartedRanks\x12(\n\x05ranks\x18\x01 \x03(\x0b\x32\x19.tensorway.v1.StartedRank\"8\n\x0bStartedRank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"&\n\x08RankLine\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04line\x18\x02 \x01(\x0c\"&\n\x08RankExit\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x11\"\x13\n\x11ListGroupsRequest\"9\n\x12ListGroupsResponse\x12#\n\x06groups\x18\x01 \x03(\x0b\x32\x13.tensorway.v1.Group\"\xe5\x01\n\x05Group\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\r\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.tensorway.v1.GroupState\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x07 \x01(\t\x12\x0c\n\x04pids\x18\x08 \x03(\r\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x04\x12!\n\x05ranks\x18\n \x03(\x0b\x32\x12.tensorway.v1.Rank\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\"\x8b\x02\n\x04Rank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.tensorway.v1.RankState\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x15\n\x08\x66raction\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\x12\x15\n\rweights_bytes\x18\t \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\n \x01(\x04\x12\x1a\n\x12memory_limit_bytes\x18\x0b \x01(\x04\x12\x12\n\nbusy_share\x18\x0c \x01(\x01\x42\x0b\n\t_fraction\"\xbc\x02\n\x11\x41\x64\x61ptModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12$\n\x06inputs\x18\x03 \x03(\x0b\x32\x14.tensorway.v1.Tensor\x12%\n\x07targets\x18\x04 \x03(\x0b\x32\x14.tensorway.v1.Tensor\x12 \n\x04loss\x18\x05 \x01(\x0e\x32\x12.tensorway.v1.Loss\x12*\n\toptimizer\x18\x06 \x01(\x0e\x32\x17.tensorway.v1.Optimizer\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\x12\x11\n\tnum_steps\x18\x08 \x01(\r\x12\x12\n\nbatch_rows\x18\t \x01(\r\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x11\n\tnew_model\x18\x0b \x01(\t\x12\x0c\n\x04only\x18\x0c \x03(\t\"\xae\x01\n\x12\x41\x64\x61ptModelResponse\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.tensorway.v1.AdaptationState\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\x11\n\tnum_steps\x18\x03 \x01(\r\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12+\n\x07\x61\x64\x61pted\x18\x06 \x01(\x0b\x32\x1a.tensorway.v1.AdaptedModel\"U\n\x0c\x41\x64\x61ptedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x16\n\x0enum_parameters\x18\x04 \x01(\x04*\xc3\x01\n\nGroupState\x12\x1b\n\x17GROUP_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14GROUP_STATE_STARTING\x10\x01\x12\x17\n\x13GROUP_STATE_LOADING\x10\x02\x12\x17\n\x13GROUP_STATE_WARMING\x10\x03\x12\x15\n\x11GROUP_STATE_READY\x10\x04\x12\x1b\n\x17GROUP_STATE_BACKING_OFF\x10\x05\x12\x18\n\x14GROUP_STATE_STOPPING\x10\x06*\xb6\x01\n\tRankState\x12\x1a\n\x16RANK_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13RANK_STATE_STARTING\x10\x01\x12\x16\n\x12RANK_STATE_LOADING\x10\x02\x12\x16\n\x12RANK_STATE_WARMING\x10\x03\x12\x14\n\x10RANK_STATE_READY\x10\x04\x12\x17\n\x13RANK_STATE_STOPPING\x10\x05\x12\x15\n\x11RANK_STATE_FAILED\x10\x06*S\n\x04Loss\x12\x14\n\x10LOSS_UNSPECIFIED\x10\x00\x12\x16\n\x12LOSS_CROSS_ENTROPY\x10\x01\x12\x0c\n\x08LOSS_MSE\x10\x02\x12\x0f\n\x0bLOSS_COSINE\x10\x03*N\n\tOptimizer\x12\x19\n\x15OPTIMIZER_UNSPECIFIED\x10\x00\x12\x11\n\rOPTIMIZER_SGD\x10\x01\x12\x13\n\x0fOPTIMIZER_ADAMW\x10\x02*\xaa\x01\n\x0f\x41\x64\x61ptationState\x12 \n\x1c\x41\x44\x41PTATION_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41\x44\x41PTATION_STATE_STARTING\x10\x01\x12\x1d\n\x19\x41\x44\x41PTATION_STATE_TRAINING\x10\x02\x12\x1c\n\x18\x41\x44\x41PTATION_STATE_WRITING\x10\x03\x12\x19\n\x15\x41\x44\x41PTATION_STATE_DONE\x10\x04\x32\x80\x02\n\x0bNodeService\x12O\n\nListGroups\x12\x1f.tensorway.v1.ListGroupsRequest\x1a .tensorway.v1.ListGroupsResponse\x12M\n\x08RunRanks\x12\x1d.tensorway.v1.RunRanksRequest\x1a\x1e.tensorway.v1.RunRanksResponse(\x01\x30\x01\x12Q\n\nAdaptModel\x12\x1f.tensorway.v1.AdaptModelRequest\x1a .tensorway.v1.AdaptModelResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tensorway.v1.node_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GROUPSTATE']._serialized_start=1614
-  _globals['_GROUPSTATE']._serialized_end=1809
-  _globals['_RANKSTATE']._serialized_start=1812
-  _globals['_RANKSTATE']._serialized_end=1994
-  _globals['_RUNRANKSREQUEST']._serialized_start=42
-  _globals['_RUNRANKSREQUEST']._serialized_end=241
-  _globals['_RANKORDERS']._serialized_start=244
-  _globals['_RANKORDERS']._serialized_end=499
-  _globals['_STOREANSWER']._serialized_start=501
-  _globals['_STOREANSWER']._serialized_end=542
-  _globals['_STOPRANKS']._serialized_start=544
-  _globals['_STOPRANKS']._serialized_end=572
-  _globals['_OWNERBEAT']._serialized_start=574
-  _globals['_OWNERBEAT']._serialized_end=585
-  _globals['_RUNRANKSRESPONSE']._serialized_start=588
-  _globals['_RUNRANKSRESPONSE']._serialized_end=833
-  _globals['_STARTEDRANKS']._serialized_start=835
-  _globals['_STARTEDRANKS']._serialized_end=891
-  _globals['_STARTEDRANK']._serialized_start=893
-  _globals['_STARTEDRANK']._serialized_end=949
-  _globals['_RANKLINE']._serialized_start=951
-  _globals['_RANKLINE']._serialized_end=989
-  _globals['_RANKEXIT']._serialized_start=991
-  _globals['_RANKEXIT']._serialized_end=1029
-  _globals['_LISTGROUPSREQUEST']._serialized_start=1031
-  _globals['_LISTGROUPSREQUEST']._serialized_end=1050
-  _globals['_LISTGROUPSRESPONSE']._serialized_start=1052
-  _globals['_LISTGROUPSRESPONSE']._serialized_end=1109
-  _globals['_GROUP']._serialized_start=1112
-  _globals['_GROUP']._serialized_end=1341
-  _globals['_RANK']._serialized_start=1344
-  _globals['_RANK']._serialized_end=1611
-  _globals['_NODESERVICE']._serialized_start=1997
-  _globals['_NODESERVICE']._serialized_end=2170
+  _globals['_GROUPSTATE']._serialized_start=2224
+  _globals['_GROUPSTATE']._serialized_end=2419
+  _globals['_RANKSTATE']._serialized_start=2422
+  _globals['_RANKSTATE']._serialized_end=2604
+  _globals['_LOSS']._serialized_start=2606
+  _globals['_LOSS']._serialized_end=2689
+  _globals['_OPTIMIZER']._serialized_start=2691
+  _globals['_OPTIMIZER']._serialized_end=2769
+  _globals['_ADAPTATIONSTATE']._serialized_start=2772
+  _globals['_ADAPTATIONSTATE']._serialized_end=2942
+  _globals['_RUNRANKSREQUEST']._serialized_start=69
+  _globals['_RUNRANKSREQUEST']._serialized_end=268
+  _globals['_RANKORDERS']._serialized_start=271
+  _globals['_RANKORDERS']._serialized_end=526
+  _globals['_STOREANSWER']._serialized_start=528
+  _globals['_STOREANSWER']._serialized_end=569
+  _globals['_STOPRANKS']._serialized_start=571
+  _globals['_STOPRANKS']._serialized_end=599
+  _globals['_OWNERBEAT']._serialized_start=601
+  _globals['_OWNERBEAT']._serialized_end=612
+  _globals['_RUNRANKSRESPONSE']._serialized_start=615
+  _globals['_RUNRANKSRESPONSE']._serialized_end=860
+  _globals['_STARTEDRANKS']._serialized_start=862
+  _globals['_STARTEDRANKS']._serialized_end=918
+  _globals['_STARTEDRANK']._serialized_start=920
+  _globals['_STARTEDRANK']._serialized_end=976
+  _globals['_RANKLINE']._serialized_start=978
+  _globals['_RANKLINE']._serialized_end=1016
+  _globals['_RANKEXIT']._serialized_start=1018
+  _globals['_RANKEXIT']._serialized_end=1056
+  _globals['_LISTGROUPSREQUEST']._serialized_start=1058
+  _globals['_LISTGROUPSREQUEST']._serialized_end=1077
+  _globals['_LISTGROUPSRESPONSE']._serialized_start=1079
+  _globals['_LISTGROUPSRESPONSE']._serialized_end=1136
+  _globals['_GROUP']._serialized_start=1139
+  _globals['_GROUP']._serialized_end=1368
+  _globals['_RANK']._serialized_start=1371
+  _globals['_RANK']._serialized_end=1638
+  _globals['_ADAPTMODELREQUEST']._serialized_start=1641
+  _globals['_ADAPTMODELREQUEST']._serialized_end=1957
+  _globals['_ADAPTMODELRESPONSE']._serialized_start=1960
+  _globals['_ADAPTMODELRESPONSE']._serialized_end=2134
+  _globals['_ADAPTEDMODEL']._serialized_start=2136
+  _globals['_ADAPTEDMODEL']._serialized_end=2221
+  _globals['_NODESERVICE']._serialized_start=2945
+  _globals['_NODESERVICE']._serialized_end=3201
 # @@protoc_insertion_point(module_scope)

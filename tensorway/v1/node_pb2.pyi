@@ -1,3 +1,4 @@
+from tensorway.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -26,6 +27,27 @@ class RankState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RANK_STATE_READY: _ClassVar[RankState]
     RANK_STATE_STOPPING: _ClassVar[RankState]
     RANK_STATE_FAILED: _ClassVar[RankState]
+
+class Loss(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOSS_UNSPECIFIED: _ClassVar[Loss]
+    LOSS_CROSS_ENTROPY: _ClassVar[Loss]
+    LOSS_MSE: _ClassVar[Loss]
+    LOSS_COSINE: _ClassVar[Loss]
+
+class Optimizer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OPTIMIZER_UNSPECIFIED: _ClassVar[Optimizer]
+    OPTIMIZER_SGD: _ClassVar[Optimizer]
+    OPTIMIZER_ADAMW: _ClassVar[Optimizer]
+
+class AdaptationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ADAPTATION_STATE_UNSPECIFIED: _ClassVar[AdaptationState]
+    ADAPTATION_STATE_STARTING: _ClassVar[AdaptationState]
+    ADAPTATION_STATE_TRAINING: _ClassVar[AdaptationState]
+    ADAPTATION_STATE_WRITING: _ClassVar[AdaptationState]
+    ADAPTATION_STATE_DONE: _ClassVar[AdaptationState]
 GROUP_STATE_UNSPECIFIED: GroupState
 GROUP_STATE_STARTING: GroupState
 GROUP_STATE_LOADING: GroupState
@@ -40,6 +62,18 @@ RANK_STATE_WARMING: RankState
 RANK_STATE_READY: RankState
 RANK_STATE_STOPPING: RankState
 RANK_STATE_FAILED: RankState
+LOSS_UNSPECIFIED: Loss
+LOSS_CROSS_ENTROPY: Loss
+LOSS_MSE: Loss
+LOSS_COSINE: Loss
+OPTIMIZER_UNSPECIFIED: Optimizer
+OPTIMIZER_SGD: Optimizer
+OPTIMIZER_ADAMW: Optimizer
+ADAPTATION_STATE_UNSPECIFIED: AdaptationState
+ADAPTATION_STATE_STARTING: AdaptationState
+ADAPTATION_STATE_TRAINING: AdaptationState
+ADAPTATION_STATE_WRITING: AdaptationState
+ADAPTATION_STATE_DONE: AdaptationState
 
 class RunRanksRequest(_message.Message):
     __slots__ = ("orders", "answer", "stop", "beat")
@@ -212,3 +246,59 @@ class Rank(_message.Message):
     memory_limit_bytes: int
     busy_share: float
     def __init__(self, rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., state: _Optional[_Union[RankState, str]] = ..., detail: _Optional[str] = ..., fraction: _Optional[float] = ..., num_steps: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_limit_bytes: _Optional[int] = ..., busy_share: _Optional[float] = ...) -> None: ...
+
+class AdaptModelRequest(_message.Message):
+    __slots__ = ("model", "revision", "inputs", "targets", "loss", "optimizer", "learning_rate", "num_steps", "batch_rows", "seed", "new_model", "only")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    NEW_MODEL_FIELD_NUMBER: _ClassVar[int]
+    ONLY_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    revision: str
+    inputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
+    targets: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
+    loss: Loss
+    optimizer: Optimizer
+    learning_rate: float
+    num_steps: int
+    batch_rows: int
+    seed: int
+    new_model: str
+    only: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., loss: _Optional[_Union[Loss, str]] = ..., optimizer: _Optional[_Union[Optimizer, str]] = ..., learning_rate: _Optional[float] = ..., num_steps: _Optional[int] = ..., batch_rows: _Optional[int] = ..., seed: _Optional[int] = ..., new_model: _Optional[str] = ..., only: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AdaptModelResponse(_message.Message):
+    __slots__ = ("state", "step", "num_steps", "loss", "detail", "adapted")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    ADAPTED_FIELD_NUMBER: _ClassVar[int]
+    state: AdaptationState
+    step: int
+    num_steps: int
+    loss: float
+    detail: str
+    adapted: AdaptedModel
+    def __init__(self, state: _Optional[_Union[AdaptationState, str]] = ..., step: _Optional[int] = ..., num_steps: _Optional[int] = ..., loss: _Optional[float] = ..., detail: _Optional[str] = ..., adapted: _Optional[_Union[AdaptedModel, _Mapping]] = ...) -> None: ...
+
+class AdaptedModel(_message.Message):
+    __slots__ = ("model", "revision", "path", "num_parameters")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    revision: str
+    path: str
+    num_parameters: int
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., path: _Optional[str] = ..., num_parameters: _Optional[int] = ...) -> None: ...

@@ -45,6 +45,11 @@ class NodeServiceStub:
                 request_serializer=tensorway_dot_v1_dot_node__pb2.RunRanksRequest.SerializeToString,
                 response_deserializer=tensorway_dot_v1_dot_node__pb2.RunRanksResponse.FromString,
                 _registered_method=True)
+        self.AdaptModel = channel.unary_stream(
+                '/tensorway.v1.NodeService/AdaptModel',
+                request_serializer=tensorway_dot_v1_dot_node__pb2.AdaptModelRequest.SerializeToString,
+                response_deserializer=tensorway_dot_v1_dot_node__pb2.AdaptModelResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer:
@@ -66,6 +71,15 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdaptModel(self, request, context):
+        """Trains a copy of a model on examples, in ranks of its own, and writes it as a new model directory: another revision, which nobody serves
+        yet. What serves is not touched. Ending the call ends the ranks and leaves nothing. PERMISSION_DENIED unless the node's setting
+        allow_adaptation is true.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +92,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.RunRanks,
                     request_deserializer=tensorway_dot_v1_dot_node__pb2.RunRanksRequest.FromString,
                     response_serializer=tensorway_dot_v1_dot_node__pb2.RunRanksResponse.SerializeToString,
+            ),
+            'AdaptModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.AdaptModel,
+                    request_deserializer=tensorway_dot_v1_dot_node__pb2.AdaptModelRequest.FromString,
+                    response_serializer=tensorway_dot_v1_dot_node__pb2.AdaptModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +154,33 @@ class NodeService:
             '/tensorway.v1.NodeService/RunRanks',
             tensorway_dot_v1_dot_node__pb2.RunRanksRequest.SerializeToString,
             tensorway_dot_v1_dot_node__pb2.RunRanksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdaptModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tensorway.v1.NodeService/AdaptModel',
+            tensorway_dot_v1_dot_node__pb2.AdaptModelRequest.SerializeToString,
+            tensorway_dot_v1_dot_node__pb2.AdaptModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

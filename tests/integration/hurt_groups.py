@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,7 +196,19 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
-def listening() -> set[str]:
-    """Everything on this machine that accepts TCP connections."""
+def listening_of(pids: Iterable[int]) -> set[str]:
+    """Sockets on which these processes accept TCP connections, by inode."""
     rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    return {row[1] for row in rows if row[3] == "0A"}
+    inodes = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A"}
+    return {link for pid in pids for link in _links(pid) if link in inodes}
+
+
+def _links(pid: int) -> list[str]:
+    """What a process's descriptors stand for; none once it has gone."""
+    found: list[str] = []
+    try:
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            found.append(os.readlink(entry.path))
+    except OSError:
+        return found
+    return found

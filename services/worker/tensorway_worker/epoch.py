@@ -20,6 +20,8 @@ from tensorway_worker.verdict import Finding, Weight, cause_of
 _LOG = logging.getLogger(__name__)
 #: The others' words on what went wrong are waited for this long: the cause may be heard after its consequences.
 _OTHERS_WORDS_S: Final = 0.1
+#: A rank that has worked for less of its time than this waits for others.
+_BUSY_SHARE: Final = 0.5
 _LAST_LINES: Final = 20
 _SHOWN_LINES: Final = 5
 #: Longest line and longest text that is kept: both go into the node's document in the registry.
@@ -172,8 +174,10 @@ class Epoch:
             weight = Weight.CONSEQUENCE if status.is_consequence else Weight.OWN
             self._find(seen, weight, f"{seen.name}: {status.detail}" if len(self._seen) > 1 else status.detail)
         elif status.step_running_s > self._bounds.max_step_s:
-            text = f"{seen.name}: a step has run for {status.step_running_s:.0f} s, longer than max_step_s={self._bounds.max_step_s:.0f}"
-            self._find(seen, Weight.SILENT, text)
+            guilty = self._whose_step(seen)
+            ran_s = guilty.status.step_running_s
+            text = f"{guilty.name}: a step has run for {ran_s:.0f} s, longer than max_step_s={self._bounds.max_step_s:.0f}"
+            self._find(guilty, Weight.SILENT, text)
         if not self._unready():
             self._all_ready.set()
         self._on_status(has_changed)
@@ -195,6 +199,14 @@ class Epoch:
             self._find(seen, weight, f"{seen.name} {exit_words(code)}")
         if any(finding.rank == rank and finding.weight is Weight.OWN for finding in self._findings):
             self._is_explained.set()
+
+    def _whose_step(self, seen: _Seen) -> _Seen:
+        """Who holds up a step that takes too long. The leader's step is the whole group's: while its own thread has nothing to do, it
+        waits for the one whose part has run for longest."""
+        if seen.rank or seen.status.busy_share > _BUSY_SHARE:
+            return seen
+        others = [other for other in self._seen.values() if other.rank and other.status.step_running_s > 0]
+        return max(others, key=lambda other: other.status.step_running_s, default=seen)
 
     async def _hear_the_others(self) -> None:
         try:

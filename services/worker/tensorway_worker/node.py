@@ -14,6 +14,7 @@ from tensorway.model_directory import ModelDirectory, find_directories
 from tensorway.registry.port import DESIRED, NODE, Registration, Registry
 from tensorway.revisions import encode_revision, revision_key
 from tensorway.service import ServiceContext
+from tensorway_worker.adaptation import AdaptationHost
 from tensorway_worker.devices import DevicePool, cuda_devices
 from tensorway_worker.guest_host import GuestHost
 from tensorway_worker.replicas import ReplicaKeeper
@@ -34,6 +35,7 @@ class Node:
         self._keeper: ReplicaKeeper | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._guests: GuestHost | None = None
+        self._adaptations: AdaptationHost | None = None
 
     async def start(self, context: ServiceContext) -> None:
         directories = await asyncio.to_thread(offered_directories, self._settings)
@@ -44,6 +46,8 @@ class Node:
         self._keeper = ReplicaKeeper(context.id, by_revision, self._settings, context.registry, devices)
         self._guests = GuestHost(context.id, by_revision, self._settings, devices)
         self._guests.attach(context.server)
+        self._adaptations = AdaptationHost(context.id, by_revision, self._settings, devices)
+        self._adaptations.attach(context.server)
         NodeServicer(context.id, self._keeper.reports).attach(context.server)
         self._keeping = context.tasks.create_task(self._keeper.run(), name="replicas")
         context.set_readiness(None)
@@ -59,6 +63,8 @@ class Node:
         then form anew elsewhere."""
         if self._guests is not None:
             await self._guests.drain()
+        if self._adaptations is not None:
+            await self._adaptations.drain()
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.wait((self._keeping,), timeout=deadline.remaining_s() + 5.0)

@@ -22,4 +22,8 @@ class NodeSettings(ServiceSettings):
     heartbeat_s: float = Field(0.5, gt=0, description="Interval of a rank's heartbeat to its node.")
     hung_after_s: float = Field(5.0, gt=0, description="A rank silent for this long is killed with its group.")
     max_step_s: float = Field(300.0, gt=0, description="A step that runs longer counts as hung, and its group is killed.")
+    allow_adaptation: bool = Field(
+        False, description="Whether callers may train copies of this node's models (NodeService.AdaptModel, `tensorway adapt`)."
+    )
+    adapted_dir: str = Field("", description="Directory for adapted models; default: `adapted` beside models_dir.")
     spread_wait_s: float = Field(2.0, ge=0, description="A second replica of a model is left to other nodes for this long.")

@@ -64,7 +64,8 @@ def test_the_command_shows_a_table(tmp_path: Path) -> None:
     status, shown = run_cli(str(author_directory(tmp_path)), "--pipeline", "2", "--rows", "4")
     assert status == 0, shown
     assert "net: pipeline 2 x tensor 1" in shown
-    assert "One rank alone: 0 MiB of weights" in shown
+    assert "For x [4], w [4] on cpu, " in shown
+    assert "one rank alone: 0 MiB of weights" in shown
     assert "Cut, in 4 micro-batches:" in shown
     assert "no cut after net.embed" in shown
 

@@ -16,7 +16,7 @@ from tensorway_worker.engines.weights import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
-class _Origin:
+class Origin:
     """Where one weight is read from."""
 
     path: Path
@@ -30,14 +30,17 @@ class WholeLoading:
         self._device = device
         self._dtype = DTYPES.get(weights_dtype)
         self._unpickle = tuple(unpickle)
+        #: What was filled: (module, file, prefix).
+        self.filled: list[tuple[torch.nn.Module, Path, str]] = []
 
     def into(self, module: torch.nn.Module, path: Path, prefix: str) -> None:
         """`ModelContext.load_into` of a whole model."""
+        self.filled.append((module, path, prefix))
         source = open_weights(path, self._unpickle)
         names = tied_names(module)
 
         def read(same: Sequence[str], part: Slice | None) -> torch.Tensor | None:
-            origins = [_Origin(path, prefix + name) for name in same]
+            origins = [Origin(path, prefix + name) for name in same]
             return _load(source, origins, part, self._dtype, self._device)
 
         fill(module, names, names, {}, read, self._device)
@@ -52,14 +55,14 @@ class PartLoading:
         self._dtype = DTYPES.get(weights_dtype)
         self._unpickle = tuple(unpickle)
         #: Identity of a weight as `load` left it -> where it is read from; the weights are kept, so no identity is given twice.
-        self._origins: dict[int, tuple[torch.Tensor, _Origin]] = {}
+        self._origins: dict[int, tuple[torch.Tensor, Origin]] = {}
         self._sources: dict[Path, WeightsSource] = {}
 
     def into(self, module: torch.nn.Module, path: Path, prefix: str) -> None:
         """`ModelContext.load_into` in a cut group."""
         persistent = module.state_dict(keep_vars=True)
         for name, tensor in persistent.items():
-            self._origins.setdefault(id(tensor), (tensor, _Origin(path, prefix + name)))
+            self._origins.setdefault(id(tensor), (tensor, Origin(path, prefix + name)))
         module.eval().requires_grad_(False)
 
     def refuse_whole(self, path: Path) -> dict[str, Any]:
@@ -70,10 +73,14 @@ class PartLoading:
             field="model.py",
         )
 
+    def origins(self, root: torch.nn.Module) -> dict[str, Origin]:
+        """Where each weight of `root`, by its name there, is read from; as long as they are those that `load` saw."""
+        weights = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
+        return {name: self._origins[id(tensor)][1] for name, tensor in weights if id(tensor) in self._origins}
+
     def reads(self, root: torch.nn.Module) -> Callable[[], Read]:
         """Reads by the names of `root`, whose weights must still be those that `load` saw."""
-        weights = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
-        origins = {name: self._origins[id(tensor)][1] for name, tensor in weights if id(tensor) in self._origins}
+        origins = self.origins(root)
 
         def read(same: Sequence[str], part: Slice | None) -> torch.Tensor | None:
             known = [origins[name] for name in same if name in origins]
@@ -88,7 +95,7 @@ class PartLoading:
 
 
 def _load(
-    source: WeightsSource, origins: Sequence[_Origin], part: Slice | None, dtype: torch.dtype | None, device: str
+    source: WeightsSource, origins: Sequence[Origin], part: Slice | None, dtype: torch.dtype | None, device: str
 ) -> torch.Tensor:
     there = source.names()
     found = next((origin for origin in origins if origin.name in there), origins[0])

@@ -28,6 +28,16 @@ class Pretrained:
         self._unpickle: tuple[str, ...] = tuple(self._settings.get("unpickle", ()))
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """What model.yaml has floating-point weights turned into; None keeps them as stored."""
+        return self._dtype
+
+    @property
+    def unpickle(self) -> tuple[str, ...]:
+        """Names of files that may be unpickled in full."""
+        return self._unpickle
+
+    @property
     def files(self) -> Path:
         """Where config.json, weights and tokeniser lie."""
         return self._directory.path / FILES_DIR / str(self._settings.get("directory", ""))
@@ -78,9 +88,14 @@ class Pretrained:
     def read(self, model: Any, device: str) -> Read:
         """Reads single weights of `model`, as `empty` made it. Where no file holds them, makes the whole model first."""
         if self.is_built_whole:
-            return kept_of(self._made().state_dict(), device)
+            return kept_of(self.made_state(), device)
         source = open_weights(self.weights or self.files, self._unpickle, model)
         return reader(source, self._dtype or getattr(model.config, "dtype", None), device)
+
+    def made_state(self) -> dict[str, torch.Tensor]:
+        """All weights of a model that comes from a seed."""
+        state: dict[str, torch.Tensor] = self._made().state_dict()
+        return state
 
     def _config(self) -> Any:
         weights = self.weights

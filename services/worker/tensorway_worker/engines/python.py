@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any, Final
@@ -11,16 +11,18 @@ import torch
 
 from tensorway.errors import FailedPrecondition
 from tensorway.model import Inputs, Model, ModelContext, Outputs, Parameters, Value
-from tensorway.model_directory import ModelDirectory
+from tensorway.model_directory import FILES_DIR, ModelDirectory
 from tensorway_worker.engines.authored import MODEL_PY, import_model_py
 from tensorway_worker.engines.cut.assembly import Uncut, assembled
 from tensorway_worker.engines.cut.chain import ChainStage
 from tensorway_worker.engines.cut.empty import without_memory
-from tensorway_worker.engines.cut.own_weights import held_bytes
+from tensorway_worker.engines.cut.own_weights import Names, held_bytes, tied_names
 from tensorway_worker.engines.cut.tensor_plan import plan_of
+from tensorway_worker.engines.cut.weights_source import Slice
 from tensorway_worker.engines.embedded import embedding_of
-from tensorway_worker.engines.loading import PartLoading, WholeLoading, modules_of
+from tensorway_worker.engines.loading import Origin, PartLoading, WholeLoading, modules_of
 from tensorway_worker.engines.port import Cut
+from tensorway_worker.engines.rewriting import AuthoredFiles, HeldWeight, Rewriting, held, refuse_unread
 from tensorway_worker.engines.samples import sample_inputs
 from tensorway_worker.engines.weights import load_weights
 
@@ -46,6 +48,11 @@ class PythonEngine:
         self.preprocess_threads = kind.preprocess_threads
         self.padding: Mapping[str, float] = {}
         self._loading = PartLoading(device, directory.yaml.weights_dtype, ())
+        self._whole_loading: WholeLoading | None = None
+        #: Of a cut model: every weight's names in the whole one, where they are read from, and the slices that this rank holds.
+        self._names: Names = {}
+        self._origins: Mapping[str, Origin] = {}
+        self._slices: Mapping[str, Slice] = {}
         #: What the cut model's modules hang on; None for a whole model.
         self._root: torch.nn.Module | None = None
         self._embeddings: dict[str, torch.nn.Module | None] = {}
@@ -63,7 +70,8 @@ class PythonEngine:
     def _load_whole(self) -> None:
         dtype, unpickle = self._directory.yaml.weights_dtype, self._directory.yaml.settings.get("unpickle", ())
         whole = partial(load_weights, device=self.device, weights_dtype=dtype, unpickle=unpickle)
-        self._model.load(self._context(whole, WholeLoading(self.device, dtype, unpickle).into))
+        self._whole_loading = loading = WholeLoading(self.device, dtype, unpickle)
+        self._model.load(self._context(whole, loading.into))
         self.padding = dict(self._model.padding)
 
     def uncut(self, rows: int = 0) -> Uncut:
@@ -98,7 +106,9 @@ class PythonEngine:
 
     def _load_part(self, cut: Cut) -> None:
         uncut = self.uncut()
+        self._names, self._origins = tied_names(uncut.root), self._loading.origins(uncut.root)
         part = assembled(uncut, cut, self._loading.reads(uncut.root))
+        self._slices = part.sharding.slices
         if not uncut.is_chain:
             # Layers that were replaced by this shard's must be what the author's code finds.
             for name, module in uncut.root.named_children():
@@ -134,6 +144,33 @@ class PythonEngine:
 
     def tokens(self, name: str, value: Value) -> Value | None:
         return None
+
+    def held_weights(self) -> Sequence[HeldWeight]:
+        """See `tensorway_worker.engines.rewriting.Adaptable`."""
+        files = self._files()
+        if self._root is not None:
+            origins = self._origins
+            return held(
+                self._root, self._names, self._slices,
+                lambda name: files.stored(origins[name].path, "", origins[name].name) if name in origins else (),
+            )
+        found: list[HeldWeight] = []
+        for module, path, prefix in self._whole_loading.filled if self._whole_loading is not None else ():
+            found += held(module, tied_names(module), {}, partial(files.stored, path, prefix))
+        refuse_unread(self._modules(), found)
+        return found
+
+    def rewriting(self) -> Rewriting:
+        """See `tensorway_worker.engines.rewriting.Adaptable`."""
+        return self._files().rewriting()
+
+    def _files(self) -> AuthoredFiles:
+        filled = self._whole_loading.filled if self._whole_loading is not None else ()
+        paths = [*(path for _, path, _ in filled), *(origin.path for origin in self._origins.values())]
+        return AuthoredFiles(self._directory.path / FILES_DIR, self._directory.yaml.settings.get("unpickle", ()), paths)
+
+    def _modules(self) -> list[torch.nn.Module]:
+        return [*modules_of(self._model).values(), *self._model.stages()]
 
     def memory_bytes(self) -> int:
         return held_bytes(self._root if self._root is not None else torch.nn.ModuleList(modules_of(self._model).values()))

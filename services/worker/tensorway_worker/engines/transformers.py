@@ -14,7 +14,7 @@ A single BYTES input is text and goes through the tokeniser; any other inputs ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy
@@ -24,14 +24,16 @@ from tokenizers import Tokenizer
 
 from tensorway.errors import FailedPrecondition, ModelFailed
 from tensorway.model import Inputs, InvalidInput, Outputs, Parameters, Value
-from tensorway.model_directory import ModelDirectory
+from tensorway.model_directory import FILES_DIR, ModelDirectory
 from tensorway.signature import ROWS, TensorSpec
 from tensorway.tensors import DataType
 from tensorway_worker.engines.cut.assembly import Uncut, assembled
-from tensorway_worker.engines.cut.own_weights import held_bytes
+from tensorway_worker.engines.cut.own_weights import Names, held_bytes, tied_names
 from tensorway_worker.engines.cut.tensor_plan import plan_of
+from tensorway_worker.engines.cut.weights_source import Slice
 from tensorway_worker.engines.port import Cut
 from tensorway_worker.engines.pretrained import Pretrained
+from tensorway_worker.engines.rewriting import HeldWeight, PretrainedFiles, Rewriting, held
 from tensorway_worker.engines.samples import LENGTH, made_up
 from tensorway_worker.engines.tasks import accepted_arguments, task_of
 
@@ -70,6 +72,9 @@ class TransformersEngine:
         self._model: Any = None
         self._accepted: frozenset[str] = frozenset()
         self._embeddings: Mapping[str, torch.nn.Module] | None = None
+        #: Of a cut model: every weight's names in the whole one, and the slices that this rank holds.
+        self._names: Names | None = None
+        self._slices: Mapping[str, Slice] = {}
         #: The step: the whole model's, or this rank's part of it.
         self._step: Callable[[Inputs], Outputs] = _not_loaded
 
@@ -115,9 +120,11 @@ class TransformersEngine:
         uncut = self.uncut()
         # A file's names are matched to the model as it is before it is cut.
         read = None if self._pretrained.is_built_whole else self._pretrained.read(self._model, self.device)
+        self._names = tied_names(self._model)
         part = assembled(uncut, cut, lambda: read or self._pretrained.read(self._model, self.device))
         self._step = part.stage
         self._embeddings = part.embeddings
+        self._slices = part.sharding.slices
 
     def _adopt(self, model: Any) -> None:
         self._model = model
@@ -187,6 +194,17 @@ class TransformersEngine:
         for place, number in numpy.ndenumerate(numpy.asarray(value)):
             texts[place] = tokenizer.decode([int(number)], skip_special_tokens=False).encode()
         return texts
+
+    def held_weights(self) -> Sequence[HeldWeight]:
+        """See `tensorway_worker.engines.rewriting.Adaptable`."""
+        return held(self._model, self._names or tied_names(self._model), self._slices, self._files().stored)
+
+    def rewriting(self) -> Rewriting:
+        """See `tensorway_worker.engines.rewriting.Adaptable`."""
+        return self._files().rewriting()
+
+    def _files(self) -> PretrainedFiles:
+        return PretrainedFiles(self._pretrained, self._model, self._directory.path / FILES_DIR)
 
     def memory_bytes(self) -> int:
         return 0 if self._model is None else held_bytes(self._model)

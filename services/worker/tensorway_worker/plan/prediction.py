@@ -66,6 +66,8 @@ class ModelPlan:
     ranks: tuple[RankPlan, ...]
     #: Number of micro-batches -> predicted time of a step.
     step_s: Mapping[int, float]
+    #: Shapes of the inputs that all of this is for.
+    inputs: Mapping[str, tuple[int, ...]]
     #: Units between which a cut is possible.
     num_units: int
     #: What stays whole or in one piece, and why.
@@ -128,7 +130,8 @@ def planned(model: Uncut, wish: Wish) -> ModelPlan:
         model=model.name, pipeline=wish.pipeline, tensor=wish.tensor, device=model.device, threads=torch.get_num_threads(), rows=wish.rows,
         hop_s=wish.hop_s, whole_weights_bytes=size_of(0, len(trunk.units)), whole_activation_bytes=max(sized.live_bytes),
         whole_time_s=sum(times_s), ranks=tuple(ranks),
-        step_s={count: pipelined_s(stages, wish.hop_s, count) for count in wish.micro_batches if wish.pipeline > 1 or count == 1},
+        step_s={count: pipelined_s(stages, wish.hop_s, count) for count in wish.micro_batches if count == 1 or _may_split(wish, count)},
+        inputs={name: tuple(value.shape) for name, value in model.sized_example.items()},
         num_units=len(trunk.units), not_cut=_not_cut(trunk, sharding, wish, model.name), notes=wish.notes,
     )
 
@@ -177,6 +180,10 @@ def _share(
     total = sum(whole_bytes[name] for name in worked)
     num_sums = sum(1 for name in part.weights if name in sharding.slices and sharding.slices[name].dim == 1)
     return _Share(sum(held.values()), sum(own[name] for name in worked) / total if total else 1.0, num_sums)
+
+
+def _may_split(wish: Wish, count: int) -> bool:
+    return wish.pipeline > 1 and count <= wish.rows
 
 
 def _is_alike(sized: Trunk, trunk: Trunk) -> bool:

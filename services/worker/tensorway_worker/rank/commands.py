@@ -5,6 +5,12 @@
     forward   n   like step, keeping what a backward pass needs; n + 1 is the backward pass
     backward  n   go back through what number n - 1 kept, with these derivatives
     attend    n   like forward, but answer the caller: torch.distributed.autograd keeps the graph
+    begin     n   get ready to train: which parameters, which optimizer
+    train     n   like forward, with the loss at the end; n + 1 is the way back, which adds to every rank's gradients
+    return    n   go back through what train n - 1 kept, with these derivatives
+    share     n   the gradient of a weight that both of us hold, for update n
+    update    n   one step of every rank's optimizer
+    save      n   write your trained weights
     result    n   to the leader: the outcome of number n
     failed    n   to the leader: why there will be none
 
@@ -20,7 +26,7 @@ from typing import Any, Final
 
 import torch
 
-from tensorway.errors import InvalidRequest, ModelFailed, OutOfMemory, TensorwayError
+from tensorway.errors import CallerError, FailedPrecondition, InvalidRequest, ModelFailed, OutOfMemory, TensorwayError
 from tensorway_worker.rank.gradient_port import Target
 
 STEP: Final = "step"
@@ -28,10 +34,18 @@ SKIP: Final = "skip"
 FORWARD: Final = "forward"
 BACKWARD: Final = "backward"
 ATTEND: Final = "attend"
+BEGIN: Final = "begin"
+TRAIN: Final = "train"
+RETURN: Final = "return"
+SHARE: Final = "share"
+UPDATE: Final = "update"
+SAVE: Final = "save"
 RESULT: Final = "result"
 FAILED: Final = "failed"
 
-_ERRORS: Final[dict[str, type[TensorwayError]]] = {"invalid": InvalidRequest, "memory": OutOfMemory, "model": ModelFailed}
+_ERRORS: Final[dict[str, type[TensorwayError]]] = {
+    "invalid": InvalidRequest, "precondition": FailedPrecondition, "memory": OutOfMemory, "model": ModelFailed,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +78,10 @@ def failure_detail(error: TensorwayError, rank: int) -> dict[str, Any]:
 
 def failure_of(detail: Mapping[str, Any]) -> TensorwayError:
     """The counterpart of `failure_detail`."""
-    if detail["error"] == "invalid":
-        return InvalidRequest(detail["message"], field=detail["field"])
-    return _ERRORS[detail["error"]](f"{detail['message']} (rank {detail['rank']})")
+    kind = _ERRORS[detail["error"]]
+    if issubclass(kind, CallerError):
+        return kind(detail["message"], field=detail["field"])
+    return kind(f"{detail['message']} (rank {detail['rank']})")
 
 
 def target_detail(target: Target) -> tuple[dict[str, Any], list[torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tensorway_worker.rank.executor import Executor
@@ -20,6 +21,8 @@ class Facts:
         self._busy_s = 0.0
         #: Bytes of this rank's weights, once loaded.
         self.weights_bytes = 0
+        #: Tells the news of an adaptation.
+        self.news: Callable[[], str] | None = None
 
     def limit_memory(self, own_limit: int) -> None:
         """The model's own limit, bytes; 0 for none."""
@@ -36,4 +39,5 @@ class Facts:
             "memory_bytes": self._meter.used(),
             "memory_limit_bytes": self._meter.limit(),
             "busy_share": round(share, 3),
+            **({} if self.news is None else {"news": self.news()}),
         }

@@ -14,6 +14,7 @@ from tensorway.errors import TensorwayError
 from tensorway.model_directory import ModelDirectory
 from tensorway_worker.engines import open_engine
 from tensorway_worker.engines.port import Cut, Engine, model_error
+from tensorway_worker.rank.adaptation_linked import LinkedTraining
 from tensorway_worker.rank.executor import Executor, Work
 from tensorway_worker.rank.group import LinkedGroup
 from tensorway_worker.rank.launch import RankLaunch
@@ -44,7 +45,11 @@ def join(launch: RankLaunch, directory: ModelDirectory, executor: Executor, stor
     group = LinkedGroup(topology, membership, directory.path, enqueue, executor.crash)
     group.is_batchable = directory.spec.signature.is_batchable
     group.wanted_micro_batches = directory.yaml.parallel.micro_batches
+    # Its commands may come as soon as the ranks have met.
+    training = LinkedTraining(group) if launch.adapt else None
     collective = group.join(store, launch.interface)
+    if training is not None:
+        training.collective = collective
     return group, Cut(topology.place(launch.rank), collective, partial(_agree, store, launch.rank))
 
 

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch.distributed.distributed_c10d import Store
@@ -28,7 +28,7 @@ from tensorway.model import Inputs, Outputs, Value
 from tensorway_worker.engines.port import Collective, Engine, model_error
 from tensorway_worker.micro_batches import micro_batches
 from tensorway_worker.rank import rpc
-from tensorway_worker.rank.carry import compact, sendable
+from tensorway_worker.rank.carry import after_arrival, arrived, compact, sendable
 from tensorway_worker.rank.collective import open_collective
 from tensorway_worker.rank.commands import ATTEND, BACKWARD, FAILED, FORWARD, RESULT, SKIP, STEP, Command, failure_detail, failure_of
 from tensorway_worker.rank.door import Door
@@ -40,6 +40,9 @@ from tensorway_worker.rank.linked_gradients import AutogradDifferentiator, Backw
 from tensorway_worker.rank.memory import GuardedRun, MemoryGuard
 from tensorway_worker.rank.pending import Named, Pending
 from tensorway_worker.topology import Place, Topology
+
+if TYPE_CHECKING:
+    from tensorway_worker.rank.adaptation_linked import LinkedTraining
 
 #: Batches on their way through a pipeline at once.
 _PIPELINED_BATCHES: Final = 2
@@ -64,6 +67,8 @@ class LinkedGroup:
         #: Rows that each micro-batch is made of are decided by this many wanted micro-batches; 0 lets us choose.
         self.wanted_micro_batches = 0
         self.is_batchable = True
+        #: Of a group that trains.
+        self.training: LinkedTraining | None = None
         self.in_order = InOrder(enqueue)
         self.pending = Pending(topology.tensor, self.lose)
         self._membership = membership
@@ -186,10 +191,11 @@ class LinkedGroup:
         if command.kind == STEP:
             # The leader's own call of the last stage is answered with the outcome: half the messages of a pipeline of two.
             reply = rpc.new_reply(tensors) if command.detail.get("reply") else None
-            self.in_order.put(number, partial(self.step, number, named, reply))
+            self.in_order.put(number, after_arrival(tensors, partial(self.step, number, named, reply)))
             if reply is not None:
                 return reply
         elif command.kind == RESULT:
+            arrived(tensors)
             self.pending.resolve(number, named)
         elif command.kind == FAILED:
             rank = int(command.detail["rank"])
@@ -198,10 +204,12 @@ class LinkedGroup:
             self.in_order.put(number, partial(self.skip_on, number))
         elif command.kind == ATTEND:
             reply = rpc.new_reply(tensors)
-            self.in_order.put(number, partial(self._passes.attend, named, reply))
+            self.in_order.put(number, after_arrival(tensors, partial(self._passes.attend, named, reply)))
             return reply
         elif command.kind in (FORWARD, BACKWARD):
             self._passes.on_message(command, tensors)
+        elif self.training is not None:
+            self.training.on_message(command, tensors)
         else:
             raise ValueError(f"unknown command {command.kind!r}")
         return rpc.replied()
@@ -282,6 +290,7 @@ class LinkedGroup:
             self.lose(GroupLost(f"rank {rank} of epoch {self._membership.epoch} was lost: {first_line(error)}"))
             return
         if head:
+            arrived(tensors)
             outcome = Command.from_head(head, self.epoch)
             self.pending.resolve(outcome.number, dict(zip(outcome.names, tensors, strict=True)))
 

@@ -72,6 +72,8 @@ class RankLaunch:
     local_world_size: int = 1
     #: Devices that this rank may see; more than one only in a `custom` group. 0 on a CPU.
     num_devices: int = 0
+    #: Folder of an adaptation's job, whose ranks train instead of serving; empty for all others.
+    adapt: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -106,6 +108,8 @@ class RankStatus:
     busy_share: float = 0.0
     #: Whether this failure only follows from another rank's.
     is_consequence: bool = False
+    #: News of an adaptation (`adaptation_news.py`), JSON; empty for a rank that serves.
+    news: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

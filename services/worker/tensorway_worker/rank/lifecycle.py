@@ -22,6 +22,7 @@ from tensorway.deadline import Deadline
 from tensorway.errors import FailedPrecondition, TensorwayError
 from tensorway.model_directory import ModelDirectory, load_directory
 from tensorway_worker.engines.port import Cut
+from tensorway_worker.rank.adaptation import NewsDesk, started
 from tensorway_worker.rank.endpoint import Endpoint
 from tensorway_worker.rank.executor import Executor
 from tensorway_worker.rank.explain import Explainer
@@ -92,6 +93,9 @@ class Rank:
         formed = await self._form(directory, executor, report, store)
         engine, group = formed.engine, formed.group
         facts.weights_bytes = await self._unless_stopped(executor.run(engine.memory_bytes))
+        if launch.adapt:
+            await self._adapt(formed, directory, executor, report, facts)
+            return
         explainer = Explainer(group, engine, directory.spec)
         runner = BatchRunner(engine, directory.spec, directory.path, group.run, explainer)
         endpoint: Endpoint | None = None
@@ -118,6 +122,21 @@ class Rank:
                 await endpoint.close()
             runner.close()
             group.leave()
+
+    async def _adapt(self, formed: Formed, directory: ModelDirectory, executor: Executor, report: Report, facts: Facts) -> None:
+        """Trains instead of serving, until the node ends it."""
+        linked = formed.group.training if isinstance(formed.group, LinkedGroup) else None
+        desk = NewsDesk(report.tell)
+        facts.news = desk.gathering.taken
+        try:
+            report.change(READY)
+            if self.launch.rank == 0:
+                await self._unless_stopped(started(Path(self.launch.adapt), directory, formed.engine, linked, executor, desk))
+            await self._stopping.wait()
+            if self._crash is not None:
+                raise self._crash
+        finally:
+            formed.group.leave()
 
     async def _form(self, directory: ModelDirectory, executor: Executor, report: Report, store: NodeStore) -> Formed:
         """Meets the other ranks, where there are any, and loads this rank's part."""

@@ -20,6 +20,7 @@ import torch
 
 from tensorway.model import Inputs
 from tensorway_worker.rank import rpc
+from tensorway_worker.rank.carry import after_arrival
 from tensorway_worker.rank.commands import ATTEND, BACKWARD, FORWARD, Command, failure_detail, failure_of, target_detail, target_of
 from tensorway_worker.rank.differentiation import Tape, first_stage, later_stage, score_of
 from tensorway_worker.rank.gradient_port import Gradient, Target
@@ -46,7 +47,7 @@ class BackwardPasses:
             work = partial(self.backward, number, gradients, bool(command.detail.get("skip")))
         else:
             work = partial(self.forward, command, tensors)
-        self._group.in_order.put(number, work)
+        self._group.in_order.put(number, after_arrival(tensors, work))
 
     def forward(self, command: Command, tensors: Sequence[torch.Tensor]) -> None:
         """In the torch thread: this stage with its graph kept; the last stage turns round."""

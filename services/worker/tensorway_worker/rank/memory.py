@@ -6,6 +6,7 @@ space limit of the process; on CUDA it is what torch's allocator holds, and the 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _RESET_PEAK: Final = b"5"
 #: Share of the limit that steps may fill: the rest is for what predictions miss.
 _SAFE_SHARE: Final = 0.95
+#: The resident set grows by this much for reasons of its own: pages of libraries touched for the first time, fragments.
+_NOISE_BYTES: Final = 4 << 20
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
@@ -34,6 +37,9 @@ class Meter(Protocol):
 
     def limit(self) -> int:
         """Most that may be in use; 0 where nothing limits it."""
+
+    def release(self) -> None:
+        """Gives back what the allocator keeps without using it, where that counts as used."""
 
     def begin(self) -> None:
         """Has `peak` start afresh."""
@@ -55,6 +61,10 @@ class HostMeter:
     def limit(self) -> int:
         limits = [self._own_limit, self._cgroup_room(), self._address_room()]
         return min((limit for limit in limits if limit), default=0)
+
+    def release(self) -> None:
+        # Freed memory stays with the process (`MALLOC_SETTINGS`), what loading took for a moment included.
+        ctypes.CDLL(None).malloc_trim(0)
 
     def begin(self) -> None:
         Path("/proc/self/clear_refs").write_bytes(_RESET_PEAK)
@@ -95,6 +105,9 @@ class CudaMeter:
         room = free + torch.cuda.memory_reserved(self._device)
         return min(room, self._own_limit) if self._own_limit else room
 
+    def release(self) -> None:
+        """What is cached does not count as used."""
+
     def begin(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -106,7 +119,11 @@ class MemoryGuard:
     """Learns what steps take, and refuses one that is predicted not to fit. Used in the torch thread, one step at a time.
 
     A step's peak is taken to grow in a straight line with the bytes of its inputs. The line goes through the first two sizes seen (the
-    warm-up's), and is lifted by every step that was above it, so that what grows faster (attention over long inputs) is learnt as it comes.
+    warm-up's), and is lifted by every step that was above it, so that what grows faster (attention over long inputs) is learnt as it comes:
+    by the largest step its slope, by any other the whole line, for what is extrapolated from a small step would be far off.
+
+    A CPU's allocator keeps what steps have freed, so after a large step every peak is as high: only a step that took more memory than
+    there was before it tells what it needs.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -115,6 +132,9 @@ class MemoryGuard:
         #: Bytes of memory with no input at all, and for each byte of input.
         self._fixed = 0.0
         self._slope = 0.0
+        #: Bytes of input of the largest step.
+        self._largest = 0
+        self._used_before = 0
         self._limit = meter.limit()
 
     @property
@@ -139,18 +159,26 @@ class MemoryGuard:
 
     def begin(self) -> None:
         """Before a step."""
+        if self._first is None:
+            self._meter.release()
         self._meter.begin()
+        self._used_before = self._meter.used()
 
     def end(self, inputs: Mapping[str, Value]) -> None:
         """After a step that came to its end."""
         size, peak = num_bytes(inputs), self._meter.peak()
+        has_grown = peak > self._used_before + _NOISE_BYTES
         if self._first is None:
             self._first, self._fixed = (size, peak), float(peak)
         elif not self._slope and size > self._first[0]:
             self._slope = max(1.0, (peak - self._first[1]) / (size - self._first[0]))
             self._fixed = max(0.0, self._first[1] - self._slope * self._first[0])
-        elif self._slope and peak > self.predict(size) and size:
-            self._slope = (peak - self._fixed) / size
+        elif self._slope and has_grown and peak > self.predict(size):
+            if size > self._largest:
+                self._slope = (peak - self._fixed) / size
+            else:
+                self._fixed += peak - self.predict(size)
+        self._largest = max(self._largest, size)
 
 
 class GuardedRun:

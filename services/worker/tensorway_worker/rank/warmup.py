@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from tensorway.errors import CallerError, TensorwayError
+from tensorway.errors import CallerError, OutOfMemory, TensorwayError
 from tensorway.model import Inputs
 from tensorway.model_directory import ModelDirectory
 from tensorway.signature import ROWS, RevisionSpec, TensorSpec
@@ -48,7 +48,13 @@ class Warming:
         spec = self.directory.spec
         sizes = sorted({1, spec.batching.max_rows}) if spec.signature.is_batchable else [1]
         for rows in sizes:
-            self._step(rows)
+            try:
+                self._step(rows)
+            except OutOfMemory as error:
+                if rows == 1:
+                    raise
+                # Smaller batches are served: one that does not fit is split (`step.py`).
+                _LOG.warning("a step of max_rows=%d does not fit: %s", rows, error.message, extra={"fields": {"model": spec.model}})
         if launch is not None and launch.verify and isinstance(self.group, LinkedGroup):
             verify(self.engine, self.directory, launch, self.group)
 

@@ -32,6 +32,10 @@ class RenamedSource:
     def load(self, name: str, part: Slice | None, dtype: torch.dtype | None, device: str) -> torch.Tensor:
         return self._source.load(self._of(name), part, dtype, device)
 
+    def stored_name(self, name: str) -> str | None:
+        """What the file calls the model's tensor `name`; None where it has none, or several that make it."""
+        return self._stored.get(name)
+
     def _of(self, name: str) -> str:
         if name in self._converted:
             raise FailedPrecondition(self._converted[name], field="files")

@@ -170,7 +170,7 @@ def open_weights(path: Path, unpickle: Collection[str] = (), model: torch.nn.Mod
     Raises FailedPrecondition where the file is missing, unreadable or needs unpickling that is not allowed.
     """
     if path.is_dir():
-        path = _checkpoint_in(path)
+        path = checkpoint_in(path)
     if not path.is_file():
         raise FailedPrecondition(f"{path} is not there; run `tensorway models fetch` first", field="files")
     if path.suffix == ".gguf":
@@ -191,7 +191,8 @@ def open_weights(path: Path, unpickle: Collection[str] = (), model: torch.nn.Mod
     return renamed_for(source, model)
 
 
-def _checkpoint_in(folder: Path) -> Path:
+def checkpoint_in(folder: Path) -> Path:
+    """The checkpoint in `folder`, by transformers' usual names. Raises FailedPrecondition where there is none."""
     for name in _CHECKPOINTS:
         if (folder / name).is_file():
             return folder / name
