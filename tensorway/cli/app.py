@@ -66,6 +66,7 @@ def up(
 
 
 def _register_commands() -> None:
+    from tensorway.cli.adapt import adapt
     from tensorway.cli.doctor import doctor
     from tensorway.cli.explain import explain
     from tensorway.cli.infer import infer
@@ -76,6 +77,7 @@ def _register_commands() -> None:
     app.command()(explain)
     app.command()(doctor)
     app.command()(plan)
+    app.command()(adapt)
     app.add_typer(models_app, name="models")
 
 

@@ -54,7 +54,7 @@ class Mesh:
         """Returns once the gateway is ready and the models are served."""
         (gateway, *_) = await self.wait_members(GATEWAY, 1)
         self.endpoint = gateway.endpoint
-        async with asyncio.timeout(90), AsyncClient(self.endpoint) as client:
+        async with asyncio.timeout(max(90, 45 * len(models))), AsyncClient(self.endpoint) as client:
             while True:
                 try:
                     ready = {model.name for model in await client.models() if model.is_ready}

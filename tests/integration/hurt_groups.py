@@ -184,6 +184,11 @@ def children(parent: int) -> dict[int, str]:
     return found
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process runs no more, though its new parent may not have reaped it yet."""
+    return _stat(pid)[:1] in ([], ["Z"])
+
+
 def every_process() -> list[int]:
     return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
 

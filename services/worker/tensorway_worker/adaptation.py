@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from tensorway.errors import FailedPrecondition, NotFound, Overloaded, PermissionDenied, TensorwayError, Unavailable
 from tensorway.model_directory import ModelDirectory
@@ -38,6 +40,7 @@ from tensorway_worker.settings import NodeSettings
 _LOG = logging.getLogger(__name__)
 _SECRET_BYTES: Final = 32
 _RETRY_AFTER_S: Final = 30.0
+T = TypeVar("T")
 
 
 class AdaptationHost:
@@ -72,16 +75,15 @@ class AdaptationHost:
         order = read_order(message)
         directory = self._admit(order)
         job = _Job(stream, order, directory, self._settings, self._node, self._devices)
-        async with asyncio.TaskGroup() as tasks:
-            self._running = tasks.create_task(job.run(message or b""))
-            stream.on_cancel(self._running.cancel)
-            try:
-                await asyncio.wait((self._running,))
-            finally:
-                # Whoever ends this call ends the job, and waits for it.
-                self._running.cancel()
-                ended, self._running = self._running, None
-        if ended.cancelled() and self._is_draining:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = self._running = tasks.create_task(job.run(message or b""))
+                stream.on_cancel(lambda: _cancel(running))
+        except ExceptionGroup as group:
+            raise _told(group) from group
+        finally:
+            self._running = None
+        if running.cancelled() and self._is_draining:
             raise Unavailable(f"node {self._node} is draining")
 
     def _admit(self, order: AdaptOrder) -> ModelDirectory:
@@ -120,10 +122,10 @@ class _Job:
         adapted_dir = adapted_dir_of(self.settings.adapted_dir, self.settings.models_dir)
         fields = {"model": self.order.model, "revision": self.directory.spec.revision[:12], "steps": self.order.num_steps}
         _LOG.info("adaptation begun", extra={"fields": fields})
-        with job_folder(adapted_dir) as folder:
-            await asyncio.to_thread(write_request, folder, message, REQUEST_FILE)
+        async with _job_folder(adapted_dir) as folder:
+            await _to_its_end(partial(write_request, folder, message, REQUEST_FILE))
             outcome = await self._trained(folder)
-            made = await asyncio.to_thread(finished, folder, adapted_dir, self.directory, self.order, outcome)
+            made = await _to_its_end(partial(finished, folder, adapted_dir, self.directory, self.order, outcome))
             _LOG.info("adaptation done", extra={"fields": {**fields, "path": str(made.path), "loss": outcome.losses[1]}})
             await self.stream.write(done_message(
                 made.yaml.name, made.spec.revision, str(made.path), outcome.num_parameters, self.order.num_steps, outcome.losses[1],
@@ -180,6 +182,31 @@ class _Job:
             if news.detail and news.detail != said:
                 said = news.detail
                 await self.stream.write(progress_message(state, num_steps, *last, detail=said))
+
+
+@asynccontextmanager
+async def _job_folder(adapted_dir: Path) -> AsyncIterator[Path]:
+    """`job_folder`; removing large files must not hold up the loop."""
+    made = job_folder(adapted_dir)
+    folder = made.__enter__()
+    try:
+        yield folder
+    finally:
+        await _to_its_end(partial(made.__exit__, None, None, None))
+
+
+async def _to_its_end(call: Callable[[], T]) -> T:
+    """Runs `call` in a thread, and waits for it even when cancelled: nothing may still write into a folder that is being removed."""
+    running = asyncio.get_running_loop().run_in_executor(None, call)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait((running,))
+        raise
+
+
+def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
 
 
 def _told(group: ExceptionGroup[Exception]) -> Exception:

@@ -83,7 +83,8 @@ def finished(folder: Path, adapted_dir: Path, base: ModelDirectory, order: Adapt
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise FailedPrecondition(
-                f"no space left to write the adapted model under {adapted_dir}; make room, or set adapted_dir elsewhere", field="adapted_dir"
+                f"no space left to write the adapted model under {adapted_dir}; make room, or set adapted_dir elsewhere",
+                field="adapted_dir",
             ) from error
         raise
     return load_directory(target)
@@ -93,7 +94,7 @@ def _copy_authors_files(source: Path, target: Path) -> None:
     """What the revision is made of: everything but files/, caches and hidden files."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        is_skipped = relative.parts[0] == FILES_DIR or "__pycache__" in relative.parts or any(part.startswith(".") for part in relative.parts)
+        is_skipped = relative.parts[0] == FILES_DIR or "__pycache__" in relative.parts or relative.name.startswith(".")
         if not is_skipped and path.is_file():
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target / relative)

@@ -21,7 +21,7 @@ class Bench:
     """A meter whose reading is set by hand: the peak of a step is a function of its inputs."""
 
     def __init__(self, limit: int) -> None:
-        self.room, self.now = limit, 0
+        self.room, self.now, self.kept = limit, 0, 0
 
     def used(self) -> int:
         return self.now
@@ -29,20 +29,29 @@ class Bench:
     def limit(self) -> int:
         return self.room
 
+    def release(self) -> None:
+        self.now = self.kept = 0
+
     def begin(self) -> None:
-        self.now = 0
+        self.now = self.kept
 
     def peak(self) -> int:
         return self.now
+
+
+def one_step(guard: MemoryGuard, meter: Bench, size: int, peak: int) -> None:
+    """A step on so many bytes, at whose peak so many are in use."""
+    inputs = {"x": torch.zeros(size, dtype=torch.uint8)}
+    guard.begin(inputs)
+    meter.now = peak
+    guard.end(inputs)
 
 
 def learnt(limit: int, peaks: dict[int, int]) -> tuple[MemoryGuard, Bench]:
     meter = Bench(limit)
     guard = MemoryGuard(meter)
     for size, peak in peaks.items():
-        guard.begin()
-        meter.now = peak
-        guard.end({"x": torch.zeros(size, dtype=torch.uint8)})
+        one_step(guard, meter, size, peak)
     return guard, meter
 
 
@@ -61,6 +70,42 @@ def test_a_step_above_the_line_lifts_it() -> None:
     assert guard.predict(200) == 4950
     with pytest.raises(OutOfMemory):
         guard.check({"x": torch.zeros(450, dtype=torch.uint8)})
+
+
+def test_what_the_allocator_kept_of_a_large_step_is_not_taken_for_a_small_ones_need() -> None:
+    guard, meter = learnt(10_000, {10: 1000, 110: 1500, 1000: 6000})
+    meter.now = meter.kept = 6000
+    # As high as before, and a little higher: the pieces that are kept do not always fit.
+    for peak in (6000, 6400, 6700):
+        one_step(guard, meter, 10, peak)
+    assert guard.predict(10) == 1000
+    assert guard.predict(1000) == 6000
+
+
+def test_what_is_kept_is_given_back_before_a_step_that_does_not_fit_beside_it() -> None:
+    guard, meter = learnt(10_000, {10: 1000, 1000: 6000})
+    meter.now = meter.kept = 6000
+    one_step(guard, meter, 900, 5400)
+    assert meter.kept == 0
+    assert guard.predict(1000) == 6000
+
+
+def test_a_small_step_above_the_line_lifts_all_of_it_alike() -> None:
+    guard, meter = learnt(10_000, {10: 1000, 110: 1500})
+    meter.now = 0
+    one_step(guard, meter, 20, 1100)
+    assert (guard.predict(20), guard.predict(110)) == (1100, 1550)
+
+
+def test_what_loading_took_for_a_moment_is_given_back_before_the_first_step() -> None:
+    guard = MemoryGuard(HostMeter(own_limit=1 << 40))
+    small = [torch.ones(32 * 1024, dtype=torch.uint8) for _ in range(2000)]
+    last = torch.ones(32 * 1024, dtype=torch.uint8)
+    before = HostMeter().used()
+    del small
+    guard.begin({})
+    assert HostMeter().used() < before - 40 * MIB
+    assert last.numel()
 
 
 def test_nothing_is_refused_before_two_sizes_are_known() -> None:

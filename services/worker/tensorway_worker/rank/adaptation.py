@@ -44,7 +44,7 @@ _NEWS_S: Final = 0.05
 class Training(Protocol):
     """All ranks of a group as the leader's loop sees them."""
 
-    def begin(self, wish: Wish) -> tuple[set[str], int]: ...
+    def begin(self, wish: Wish) -> tuple[set[str], dict[str, int]]: ...
 
     def step(self, inputs: Named, targets: Named) -> float: ...
 
@@ -57,7 +57,7 @@ class SoloTraining:
     def __init__(self, engine: Engine) -> None:
         self._share = Share(engine, Place(), SingleShard())
 
-    def begin(self, wish: Wish) -> tuple[set[str], int]:
+    def begin(self, wish: Wish) -> tuple[set[str], dict[str, int]]:
         return self._share.begin(wish)
 
     def step(self, inputs: Named, targets: Named) -> float:
@@ -85,7 +85,9 @@ class Adaptation:
     def run(self) -> None:
         """From the request to the files; every failure but a lost group becomes news."""
         try:
-            outcome = self._adapted()
+            # The torch thread's own inference mode would make tensors that no gradient can pass.
+            with torch.inference_mode(False), torch.no_grad():
+                outcome = self._adapted()
         except GroupLost:
             raise
         except Exception as error:  # noqa: BLE001 - a model raises anything; the caller is told
@@ -98,10 +100,11 @@ class Adaptation:
     def _adapted(self) -> Outcome:
         order = read_order((self.folder / REQUEST_FILE).read_bytes())
         inputs, targets = examples(order, self.directory, self.engine)
-        chosen, num_elements = self.training.begin(Wish(order.loss, order.optimizer, order.learning_rate, order.only))
+        chosen, sizes = self.training.begin(Wish(order.loss, order.optimizer, order.learning_rate, order.only))
         for pattern in order.only:
             if pattern not in chosen:
                 raise InvalidRequest(f"only: no floating-point parameter is called {pattern!r}", field="only")
+        num_elements = sum(sizes.values())
         if not num_elements:
             raise FailedPrecondition("the model has no floating-point parameter to train", field="model")
         self._tell(detail=f"training {num_elements:,} numbers of {self.directory.yaml.name}")

@@ -44,18 +44,23 @@ class Trained:
 
     def __init__(self, folder: Path) -> None:
         self._pieces: dict[Stored, list[_Piece]] = {}
+        #: Places of each trained weight, until one of them is written.
+        self._unwritten: dict[tuple[str, str], set[Stored]] = {}
         for listed in sorted(folder.glob("rank-*.json")):
             file = SafetensorsFile(listed.with_suffix(".safetensors"))
             for item in json.loads(listed.read_text(encoding="utf-8")):
                 piece = _Piece(file, item["key"], None if item["part"] is None else tuple(item["part"]))
-                for place in item["stored"]:
-                    self._pieces.setdefault(Stored(place["file"], place["name"]), []).append(piece)
+                places = {Stored(place["file"], place["name"]) for place in item["stored"]}
+                self._unwritten[listed.name, item["key"]] = places
+                for place in places:
+                    self._pieces.setdefault(place, []).append(piece)
 
     def whole(self, place: Stored) -> torch.Tensor | None:
         """The trained weight that belongs there, put together from its slices; None where it was not trained."""
         pieces = self._pieces.get(place)
         if pieces is None:
             return None
+        self._unwritten = {weight: places for weight, places in self._unwritten.items() if place not in places}
         for piece in pieces:
             # A tied weight may be whole on one rank and cut on others; all hold the same.
             if piece.part is None:
@@ -64,6 +69,12 @@ class Trained:
         dim = next(iter(slices.values())).part
         assert dim is not None
         return torch.cat([slices[start].file.load(slices[start].key, None, None, "cpu") for start in sorted(slices)], dim[0])
+
+
+    def check_written(self) -> None:
+        """Raises InternalError naming a trained weight that was asked for at none of its places: it would be lost."""
+        for places in self._unwritten.values():
+            raise InternalError(f"{min(place.name for place in places)} was trained, and no weights file holds it")
 
 
 def write_files(rewriting: Rewriting, trained: Trained, files: Path) -> dict[str, str]:
@@ -81,6 +92,7 @@ def write_files(rewriting: Rewriting, trained: Trained, files: Path) -> dict[str
             else:
                 _write_state_dict(file, trained, target)
             hashes[file.path] = sha256_of(target)
+        trained.check_written()
         for path, text in rewriting.added.items():
             (files / path).parent.mkdir(parents=True, exist_ok=True)
             (files / path).write_text(text, encoding="utf-8")
@@ -91,7 +103,7 @@ def write_files(rewriting: Rewriting, trained: Trained, files: Path) -> dict[str
 
 
 def no_room(error: Exception, folder: Path) -> Exception:
-    """What a failure to write means: FailedPrecondition where it was for want of space, else the error itself. Libraries say it in words."""
+    """What a failure to write means: FailedPrecondition where it was for want of space (libraries say so in words), else the error."""
     is_full = getattr(error, "errno", None) in _NO_SPACE or any(os.strerror(number) in str(error) for number in _NO_SPACE)
     # torch's writer knows no errno.
     is_full = is_full or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)

@@ -21,6 +21,7 @@ from tensorway_worker.rank.adaptation_share import LOSS, Share, Wish
 from tensorway_worker.rank.adaptation_ties import Tie, places_of, ties_of
 from tensorway_worker.rank.carry import compact
 from tensorway_worker.rank.commands import BEGIN, RETURN, SAVE, SHARE, TRAIN, UPDATE, Command
+from tensorway_worker.rank.differentiation import ordinary
 from tensorway_worker.rank.group import LinkedGroup
 from tensorway_worker.rank.group_port import GroupLost
 from tensorway_worker.rank.pending import Named
@@ -67,12 +68,12 @@ class LinkedTraining:
 
     # The leader's, in a thread of its own; any failure ends the job, so numbers need not be used up after one.
 
-    def begin(self, wish: Wish) -> tuple[set[str], int]:
-        """Has all ranks get ready. Returns the patterns that chose something, and the number of trained elements."""
+    def begin(self, wish: Wish) -> tuple[set[str], dict[str, int]]:
+        """Has all ranks get ready; returns what `Share.begin` does, of all of them."""
         found = self._round(BEGIN, wish.to_detail(), {}, self._begin)
         report = json.loads(bytes(found["report"].tolist()))
         self._ties = ties_of((key, stage, tuple(cut)) for key, stage, cut in report["places"])
-        return set(report["chosen"]), report["elements"]
+        return set(report["chosen"]), report["sizes"]
 
     def step(self, inputs: Named, targets: Named) -> float:
         """One step of all ranks on one batch; its loss before the update."""
@@ -128,14 +129,11 @@ class LinkedTraining:
         report: dict[str, Any] = {}
 
         def part() -> Named:
-            chosen, elements = self.share.begin(Wish.from_detail(command.detail))
-            # Slices are counted by every shard, by each as many.
-            sliced = sum(one.master.numel() for one in self.share.trained if one.held.part is not None)
-            before = command.detail.get("report", {"chosen": [], "elements": 0, "places": []})
+            chosen, sizes = self.share.begin(Wish.from_detail(command.detail))
+            before = command.detail.get("report", {"chosen": [], "sizes": {}, "places": []})
             own = places_of((one.held for one in self.share.trained), group.place.stage)
             report.update(
-                chosen=sorted({*before["chosen"], *chosen}), places=[*before["places"], *own],
-                elements=before["elements"] + elements + sliced * (group.place.num_shards - 1),
+                chosen=sorted({*before["chosen"], *chosen}), places=[*before["places"], *own], sizes={**before["sizes"], **sizes}
             )
             return {"report": torch.tensor(list(json.dumps(report).encode()), dtype=torch.uint8)}
 
@@ -200,7 +198,7 @@ class LinkedTraining:
             if stage != place.stage:
                 command = Command(SHARE, number, ("gradient",), {"key": tie.key, "stage": place.stage})
                 group.send(group.topology.rank(stage, place.shard), command, [compact(own)])
-        found = [own if stage == place.stage else self._mailbox.take((number, tie.key, stage)).to(own) for stage in tie.stages]
+        found = [own if stage == place.stage else ordinary(self._mailbox.take((number, tie.key, stage))).to(own) for stage in tie.stages]
         return torch.stack(found).sum(0) if len(found) > 1 else own
 
     def _save(self, command: Command) -> None:

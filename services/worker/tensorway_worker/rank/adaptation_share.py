@@ -23,8 +23,10 @@ from tensorway.errors import FailedPrecondition, ModelFailed
 from tensorway_worker.adaptation_wire import SGD
 from tensorway_worker.engines.port import Collective, Engine
 from tensorway_worker.engines.rewriting import Adaptable, HeldWeight
+from tensorway_worker.rank.adaptation_files import no_room
 from tensorway_worker.rank.adaptation_losses import loss_of
 from tensorway_worker.rank.adaptation_ties import Tie, key_of
+from tensorway_worker.rank.differentiation import ordinary
 from tensorway_worker.rank.pending import Named
 from tensorway_worker.topology import Place
 
@@ -92,10 +94,10 @@ class Share:
         """What this rank trains, in the same order on all shards of its stage."""
         return self._trained
 
-    def begin(self, wish: Wish) -> tuple[set[str], int]:
-        """Chooses the parameters and makes their optimizer. Returns the patterns that chose something, and the number of elements that
-        this rank trains (parameters that several shards hold whole are counted by the first). Raises FailedPrecondition where weights
-        could not be written back."""
+    def begin(self, wish: Wish) -> tuple[set[str], dict[str, int]]:
+        """Chooses the parameters and makes their optimizer. Returns the patterns that chose something, and the size of each weight that
+        is trained here or in part here: key -> elements of the whole. Raises FailedPrecondition where weights could not be written back.
+        """
         if not isinstance(self._engine, Adaptable):
             raise FailedPrecondition(
                 "engine: the weights of this engine are part of a compiled program, or lie with another library; only the engines python "
@@ -116,13 +118,15 @@ class Share:
             if self._trained:
                 kind = torch.optim.SGD if wish.optimizer == SGD else torch.optim.AdamW
                 self._optimizer = kind([one.master for one in self._trained], lr=wish.learning_rate)
-        own = [one for one in self._trained if one.held.part is not None or not self._place.shard]
-        return chosen, sum(one.master.numel() for one in own)
+        shares = self._place.num_shards
+        sizes = {key_of(one.held): one.master.numel() * (1 if one.held.part is None else shares) for one in self._trained}
+        return chosen, sizes
 
     def forward(self, carry: Named, targets: Named) -> Named:
         """This stage's part; of the last stage {LOSS: scalar}, of any other what the next one needs."""
         with torch.inference_mode(False), torch.enable_grad():
-            given = {name: tensor.clone() if tensor.is_inference() else tensor.detach() for name, tensor in carry.items()}
+            given = {name: ordinary(tensor).detach() for name, tensor in carry.items()}
+            targets = {name: ordinary(tensor) for name, tensor in targets.items()}
             if not self._place.is_first:
                 self._leaves = {name: one.requires_grad_() for name, one in given.items() if one.is_floating_point()}
             found = self._engine.run({**given})
@@ -142,7 +146,7 @@ class Share:
         with torch.inference_mode(False), torch.enable_grad():
             if self._place.is_last:
                 gradients = {LOSS: torch.ones_like(outputs[LOSS])}
-            pairs = [(outputs[name], one.to(outputs[name])) for name, one in gradients.items() if outputs[name].requires_grad]
+            pairs = [(outputs[name], ordinary(one).to(outputs[name])) for name, one in gradients.items() if outputs[name].requires_grad]
             if pairs:
                 torch.autograd.backward([pair[0] for pair in pairs], [pair[1] for pair in pairs])
         return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
@@ -200,7 +204,8 @@ class Share:
             one.master.grad = (total if part is None else total[part.index()]).clone()
 
     def save(self, folder: Path, rank: int) -> None:
-        """Writes this rank's trained weights into `folder`. Raises OSError where there is no room."""
+        """Writes this rank's trained weights into `folder`. Raises FailedPrecondition where the disk is full."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         listed: list[dict[str, Any]] = []
@@ -212,8 +217,11 @@ class Share:
             tensors[str(number)] = one.master.detach().contiguous().cpu()
             stored = [asdict(place) for place in one.held.stored]
             listed.append({"key": str(number), "stored": stored, "part": None if part is None else (part.dim, part.start, part.length)})
-        save_file(tensors, folder / f"rank-{rank}.safetensors")
-        (folder / f"rank-{rank}.json").write_text(json.dumps(listed), encoding="utf-8")
+        try:
+            save_file(tensors, folder / f"rank-{rank}.safetensors")
+            (folder / f"rank-{rank}.json").write_text(json.dumps(listed), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise no_room(error, folder) from error
 
 
 def _mark(gradient: torch.Tensor | None) -> torch.Tensor:

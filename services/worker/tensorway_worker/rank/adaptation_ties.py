@@ -1,4 +1,4 @@
-"""Weights that stand at several places of a model (a head tied to the embedding) and that different ranks of a group hold.
+"""Weights that a group holds more than once: tied ones (a head and the embedding), and those of a layer that several stages run.
 
 Every place gets a gradient; the weight's own is their sum. The places start equal and get the same sum and the same optimizer, so they
 stay equal. Where they are cut alike (both whole, or both by the same slices), each shard sums with its counterparts; where they are not,
@@ -44,10 +44,8 @@ Held = tuple[str, int, tuple[int, ...]]
 
 
 def places_of(weights: Iterable[HeldWeight], stage: int) -> list[Held]:
-    """The places of weights that have several, in this rank's stage."""
-    return [
-        (key_of(held), stage, () if held.part is None else (held.part.dim, held.part.length)) for held in weights if len(held.names) > 1
-    ]
+    """The places of weights in this rank's stage."""
+    return [(key_of(held), stage, () if held.part is None else (held.part.dim, held.part.length)) for held in weights]
 
 
 def ties_of(places: Iterable[Held]) -> list[Tie]:

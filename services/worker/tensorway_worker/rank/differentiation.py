@@ -48,7 +48,7 @@ def first_stage(engine: Engine, inputs: Inputs, name: str, at: torch.Tensor | No
     given = inputs[name]
     if not isinstance(given, torch.Tensor):
         raise InvalidRequest(f"input: {name} holds BYTES, which have no derivative", field="input")
-    carry = {key: _ordinary(value) for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+    carry = {key: ordinary(value) for key, value in inputs.items() if isinstance(value, torch.Tensor)}
     if given.is_floating_point():
         leaf = carry[name] = _leaf(given, at, name)
         return Tape(_tensors(engine.run(dict(carry))), {name: leaf})
@@ -73,7 +73,7 @@ def first_stage(engine: Engine, inputs: Inputs, name: str, at: torch.Tensor | No
 
 def later_stage(engine: Engine, carry: Mapping[str, torch.Tensor]) -> Tape:
     """Runs a stage on what the one before returned; every floating-point tensor of it is a leaf."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in carry.items() if tensor.is_floating_point()}
+    leaves = {name: ordinary(tensor).detach().requires_grad_() for name, tensor in carry.items() if tensor.is_floating_point()}
     return Tape(_tensors(engine.run({**carry, **leaves})), leaves)
 
 
@@ -122,9 +122,11 @@ def _leaf(value: torch.Tensor, at: torch.Tensor | None, name: str) -> torch.Tens
     return at.detach().to(value).clone().requires_grad_()
 
 
-def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor made under inference_mode cannot be saved for a backward pass; its copy can."""
-    return tensor.clone() if tensor.is_inference() else tensor
+def ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor made under inference_mode cannot be saved for a backward pass; its copy can. One that was received may be such: TensorPipe
+    reads in whatever thread calls it, the torch thread too."""
+    with torch.inference_mode(False):
+        return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _tensors(outputs: Outputs) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from tensorway.model import Inputs
 from tensorway_worker.rank import rpc
 from tensorway_worker.rank.carry import after_arrival
 from tensorway_worker.rank.commands import ATTEND, BACKWARD, FORWARD, Command, failure_detail, failure_of, target_detail, target_of
-from tensorway_worker.rank.differentiation import Tape, first_stage, later_stage, score_of
+from tensorway_worker.rank.differentiation import Tape, first_stage, later_stage, ordinary, score_of
 from tensorway_worker.rank.gradient_port import Gradient, Target
 from tensorway_worker.rank.group_port import GroupLost, first_line
 from tensorway_worker.rank.pending import Named
@@ -52,6 +52,7 @@ class BackwardPasses:
     def forward(self, command: Command, tensors: Sequence[torch.Tensor]) -> None:
         """In the torch thread: this stage with its graph kept; the last stage turns round."""
         group, number, detail = self._group, command.number, command.detail
+        tensors = [ordinary(tensor) for tensor in tensors]
         target, rest = target_of(detail, tensors)
         own = list(tensors[len(rest) :])
         at = rest.pop() if detail["has_at"] else None
@@ -99,7 +100,7 @@ class BackwardPasses:
 
     def _back(self, tape: Tape, gradients: Mapping[str, torch.Tensor]) -> Named:
         with torch.inference_mode(False):
-            return tape.back({name: gradient.to(tape.outputs[name]) for name, gradient in gradients.items()})
+            return tape.back({name: ordinary(gradient).to(tape.outputs[name]) for name, gradient in gradients.items()})
 
     def _give_up(self, number: int) -> None:
         """Both numbers of a failed pass are used up on every rank: later stages skip them, earlier ones are sent back empty-handed."""

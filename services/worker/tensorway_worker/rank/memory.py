@@ -24,8 +24,6 @@ _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _RESET_PEAK: Final = b"5"
 #: Share of the limit that steps may fill: the rest is for what predictions miss.
 _SAFE_SHARE: Final = 0.95
-#: The resident set grows by this much for reasons of its own: pages of libraries touched for the first time, fragments.
-_NOISE_BYTES: Final = 4 << 20
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
@@ -116,24 +114,27 @@ class CudaMeter:
 
 
 class MemoryGuard:
-    """Learns what steps take, and refuses one that is predicted not to fit. Used in the torch thread, one step at a time.
+    """Learns what steps take, and refuses one that is predicted not to fit. Used in the torch thread, one step at a time; `check` anywhere.
 
-    A step's peak is taken to grow in a straight line with the bytes of its inputs. The line goes through the first two sizes seen (the
-    warm-up's), and is lifted by every step that was above it, so that what grows faster (attention over long inputs) is learnt as it comes:
-    by the largest step its slope, by any other the whole line, for what is extrapolated from a small step would be far off.
+    What a step takes beyond what is in use before it is thought to grow in a straight line with the bytes of its inputs. The line goes
+    through the first step seen (the warm-up's) and the largest, and a smaller step that was above it lifts it as a whole, so that what
+    grows faster (attention over long inputs) is learnt as it comes: a slope taken from a small step would be far off where steps are large.
 
-    A CPU's allocator keeps what steps have freed, so after a large step every peak is as high: only a step that took more memory than
-    there was before it tells what it needs.
+    A CPU's allocator keeps what steps have freed, so the resident set shows the largest of the past, and pieces between. Hence a step that
+    is larger than all before it is measured after the allocator has given back what it keeps, and one that would not fit beside that
+    begins so, too.
     """
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
+        #: In use between steps, once the allocator keeps nothing.
+        self._idle = 0
         self._first: tuple[int, int] | None = None
-        #: Bytes of memory with no input at all, and for each byte of input.
+        #: Bytes that a step takes with no input at all, and for each byte of input.
         self._fixed = 0.0
         self._slope = 0.0
         #: Bytes of input of the largest step.
-        self._largest = 0
+        self._largest = -1
         self._used_before = 0
         self._limit = meter.limit()
 
@@ -146,7 +147,7 @@ class MemoryGuard:
         """Raises OutOfMemory, naming the prediction and the limit, where a step on `inputs` is predicted not to fit."""
         if not self._slope:
             return
-        limit = int(self._meter.limit() * _SAFE_SHARE)
+        limit = self._safe_limit()
         predicted = self.predict(num_bytes(inputs))
         if predicted > limit > 0:
             raise OutOfMemory(
@@ -155,30 +156,34 @@ class MemoryGuard:
 
     def predict(self, input_bytes: int) -> int:
         """Peak of a step on that many bytes of input, bytes."""
-        return int(self._fixed + self._slope * input_bytes)
+        return self._idle + self._need(input_bytes)
 
-    def begin(self) -> None:
+    def begin(self, inputs: Mapping[str, Value]) -> None:
         """Before a step."""
-        if self._first is None:
-            self._meter.release()
-        self._meter.begin()
+        size = num_bytes(inputs)
         self._used_before = self._meter.used()
+        if size > self._largest or self._used_before + self._need(size) > self._safe_limit():
+            self._meter.release()
+            self._used_before = self._idle = self._meter.used()
+        self._meter.begin()
 
     def end(self, inputs: Mapping[str, Value]) -> None:
         """After a step that came to its end."""
-        size, peak = num_bytes(inputs), self._meter.peak()
-        has_grown = peak > self._used_before + _NOISE_BYTES
+        size, need = num_bytes(inputs), max(0, self._meter.peak() - self._used_before)
         if self._first is None:
-            self._first, self._fixed = (size, peak), float(peak)
-        elif not self._slope and size > self._first[0]:
-            self._slope = max(1.0, (peak - self._first[1]) / (size - self._first[0]))
+            self._first, self._fixed = (size, need), float(need)
+        elif size > self._largest:
+            self._slope = max(1.0, (need - self._first[1]) / (size - self._first[0]))
             self._fixed = max(0.0, self._first[1] - self._slope * self._first[0])
-        elif self._slope and has_grown and peak > self.predict(size):
-            if size > self._largest:
-                self._slope = (peak - self._fixed) / size
-            else:
-                self._fixed += peak - self.predict(size)
+        elif need > self._need(size):
+            self._fixed += need - self._need(size)
         self._largest = max(self._largest, size)
+
+    def _need(self, input_bytes: int) -> int:
+        return int(self._fixed + self._slope * input_bytes)
+
+    def _safe_limit(self) -> int:
+        return int(self._meter.limit() * _SAFE_SHARE)
 
 
 class GuardedRun:
@@ -196,7 +201,7 @@ class GuardedRun:
     def __call__(self, inputs: Inputs) -> Outputs:
         if self._checks:
             self._guard.check(inputs)
-        self._guard.begin()
+        self._guard.begin(inputs)
         outputs = self._run(inputs)
         self._guard.end(inputs)
         return outputs

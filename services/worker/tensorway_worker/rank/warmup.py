@@ -40,13 +40,14 @@ class Warming:
     group: LinkedGroup | SoloGroup
 
     def run(self, launch: RankLaunch | None = None) -> None:
-        """One step of 1 row and one of `max_rows`. Raises what the model raises; where `launch` asks for it, compares the outputs of
+        """One step of 1 row, one of 2 and one of `max_rows`. Raises what the model raises; where `launch` asks for it, compares the outputs of
         the group with those of the uncut model, and raises FailedPrecondition where they differ.
 
         A model may refuse made-up inputs as a caller's fault (zero bytes are no picture): that is not a failure.
         """
         spec = self.directory.spec
-        sizes = sorted({1, spec.batching.max_rows}) if spec.signature.is_batchable else [1]
+        # The memory guard learns from the first two what the last will take, before it takes it.
+        sizes = sorted({1, min(2, spec.batching.max_rows), spec.batching.max_rows}) if spec.signature.is_batchable else [1]
         for rows in sizes:
             try:
                 self._step(rows)
