@@ -10,7 +10,7 @@ MODELS ?= models
 PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install models run up test test-unit test-integration check format protos bench fuzz clean
+.PHONY: help install models run up test test-unit test-integration check format protos bench bench-groups fuzz clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ protos: install ## Generate the Python stubs from protos/
 bench: install models ## Measure the running mesh with h2load and perf-analyzer; writes benchmarks/results.md
 	command -v h2load >/dev/null || apt-get install -y --no-install-recommends nghttp2-client || { apt-get update && apt-get install -y --no-install-recommends nghttp2-client; }
 	$(BIN)/python -m benchmarks.run
+
+bench-groups: install models ## Measure groups of several ranks beside their parts; writes benchmarks/groups.md
+	$(BIN)/python -m benchmarks.groups
 
 fuzz: install ## The long form of the fuzz at the door
 	TENSORWAY_FUZZ_CASES=2000000 $(BIN)/python -m pytest tests/contract/gateway -k fuzz --timeout=3600

@@ -97,6 +97,12 @@ class ParallelYaml(_Strict):
     #: When a cut group's outputs are compared with the uncut model's at load.
     verify: Literal["auto", "always", "off"] = "auto"
 
+    @field_validator("verify", mode="before")
+    @classmethod
+    def _unquoted_off(cls, value: object) -> object:
+        """YAML reads an unquoted `off` as false."""
+        return "off" if value is False else value
+
     @model_validator(mode="after")
     def _consistent(self) -> ParallelYaml:
         if self.world_size % self.nodes:

@@ -83,8 +83,8 @@ def _launch(
 def _environment(launch: RankLaunch, own: tuple[str, ...], of_block: Sequence[tuple[str, ...]]) -> dict[str, str]:
     """torchrun's variables, the interface for the group's own traffic, and the devices that the rank may see.
 
-    Its own device comes first and is its `cuda:0`. Its neighbours' devices follow: memory can go from device to device (CUDA IPC) only where
-    both processes see both.
+    Its own device comes first and is its `cuda:0`. Its neighbours' devices follow: memory can go from device to device (CUDA IPC) only
+    where both processes see both.
     """
     environment = {
         "RANK": str(launch.rank), "LOCAL_RANK": str(launch.local_rank), "WORLD_SIZE": str(launch.world_size),

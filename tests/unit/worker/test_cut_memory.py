@@ -94,5 +94,6 @@ def test_a_rank_never_holds_more_than_its_own_part(tower: Path) -> None:
         held, grown = load(tower, stage)
         assert held == half
         # Its own six layers, and a little for everything else; the one layer that rank 0 measures is gone before.
-        assert half <= grown < half + _LAYER_BYTES // 2
-    assert load(tower, -1)[1] >= 2 * half
+        # The watcher looks now and then, so it may miss the very last page.
+        assert 0.95 * half <= grown < half + _LAYER_BYTES // 2
+    assert load(tower, -1)[1] >= 1.9 * half

@@ -26,8 +26,10 @@ def compact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def after_arrival(tensors: Sequence[torch.Tensor], work: Work) -> Work:
-    """`work` for the torch thread, on tensors that a thread of RPC was given. On CUDA they are being written on that thread's streams, which
-    the torch thread's stream must wait for."""
+    """`work` for the torch thread, on tensors that a thread of RPC was given.
+
+    On CUDA they are being written on that thread's streams, which the torch thread's stream must wait for.
+    """
     on_device = [tensor for tensor in tensors if tensor.is_cuda]
     if not on_device:
         return work

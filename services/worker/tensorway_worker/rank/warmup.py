@@ -40,8 +40,8 @@ class Warming:
     group: LinkedGroup | SoloGroup
 
     def run(self, launch: RankLaunch | None = None) -> None:
-        """One step of 1 row, one of 2 and one of `max_rows`. Raises what the model raises; where `launch` asks for it, compares the outputs of
-        the group with those of the uncut model, and raises FailedPrecondition where they differ.
+        """One step of 1 row, one of 2 and one of `max_rows`. Raises what the model raises; where `launch` asks for it, compares the outputs
+        of the group with those of the uncut model, and raises FailedPrecondition where they differ.
 
         A model may refuse made-up inputs as a caller's fault (zero bytes are no picture): that is not a failure.
         """
