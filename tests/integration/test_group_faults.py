@@ -135,8 +135,9 @@ async def test_a_shard_that_raises_alone_ends_the_epoch(world: World, shape: tup
     """The other shard waits for its sum for ever: no answer can come, and the group is formed anew."""
     model, rank = f"staged-{shape[0]}x{shape[1]}", shape[0] * shape[1] - 1
     before = await world.history.ready(model)
-    error = await world.call(model, (rank, RAISE, 0), timeout_s=20.0)
-    assert isinstance(error, TensorwayError)
+    # Too short a time to be tried again, which would end the next epoch, too.
+    error = await world.call(model, (rank, RAISE, 0), timeout_s=3.0)
+    assert isinstance(error, Unavailable | DeadlineExceeded)
     why = await world.history.why(model, before["epoch"])
     assert f"rank {rank} failed while the other shards of its stage did not" in why, why
     assert "order 2" in why
