@@ -145,9 +145,8 @@ async def test_explaining_across_ranks_equals_explaining_in_one(served: World) -
 async def test_a_rank_killed_while_it_explains_fails_the_call_and_comes_back(served: World) -> None:
     before = await served.history.ready("pipeline")
     wish = Explain(method="integrated_gradients", output="embedding", index=(0,), num_points=1000)
-    calls = [
-        asyncio.ensure_future(served.client.explain("pipeline", {"text": ["a long way " * 20]}, wish, timeout_s=EXPLAIN_S)) for _ in range(2)
-    ]
+    sent = {"text": ["a long way " * 20]}
+    calls = [asyncio.ensure_future(served.client.explain("pipeline", sent, wish, timeout_s=EXPLAIN_S)) for _ in range(2)]
     await asyncio.sleep(0.5)
     assert not any(call.done() for call in calls)
     began_s = time.monotonic()
