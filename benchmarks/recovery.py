@@ -33,7 +33,7 @@ from tensorway.registry.directory import DirectoryRegistry
 from tensorway.registry.port import GATEWAY, GROUP, NODES
 
 ROOT = Path(__file__).parents[1]
-ROUNDS = 5
+ROUNDS = 3
 SHAPES = ((1, 1), (2, 1), (2, 2))
 _COLD = """
 import sys, torch
