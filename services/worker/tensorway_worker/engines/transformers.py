@@ -131,12 +131,25 @@ class TransformersEngine:
         self._accepted = accepted_arguments(model)
 
     def _load_tokenizer(self, config: Any) -> None:
-        tokenizer = Tokenizer.from_file(str(self._pretrained.files / "tokenizer.json"))
+        tokenizer = self._read_tokenizer()
         limit = getattr(config, "max_position_embeddings", None) or _DEFAULT_MAX_LENGTH
         tokenizer.enable_truncation(min(int(self._settings.get("max_length", limit)), int(limit)))
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.padding = {"input_ids": float(config.pad_token_id or 0), "attention_mask": 0.0}
+
+    def _read_tokenizer(self) -> Tokenizer:
+        """From tokenizer.json, else from the vocabulary in a GGUF file of weights. Raises FailedPrecondition where there is neither."""
+        path = self._pretrained.files / "tokenizer.json"
+        if path.is_file():
+            return Tokenizer.from_file(str(path))
+        weights = self._pretrained.files / str(self._settings.get("weights", ""))
+        if weights.suffix != ".gguf":
+            raise FailedPrecondition("a text model needs tokenizer.json among `files`, or weights in GGUF", field="files")
+        from tensorway_worker.engines.cut.gguf_source import gguf_tokenizer
+
+        tokenizer: Tokenizer = gguf_tokenizer(weights)
+        return tokenizer
 
     def preprocess(self, inputs: Inputs, parameters: Parameters) -> Inputs:
         tokenizer = self._tokenizer
