@@ -98,7 +98,9 @@ def processes() -> set[int]:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file's content, but for what Python itself keeps beside a module that it imports."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 async def test_only_what_is_asked_for_is_trained_and_the_base_stays_as_it_is(tmp_path: Path) -> None:
