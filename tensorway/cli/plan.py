@@ -28,7 +28,7 @@ def plan(
     threads: Annotated[int, typer.Option(min=0, help="Torch threads of a rank; 0: all cores.")] = 0,
     hop_us: Annotated[
         float, typer.Option(min=0, help="Time of one hop or one sum between ranks, microseconds; `make bench-groups` measures yours.")
-    ] = 700.0,
+    ] = 400.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show how a model would be cut over several ranks: what each holds, its memory, its time, and what cannot be cut and why.

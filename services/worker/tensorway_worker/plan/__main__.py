@@ -12,7 +12,7 @@ from typing import Final
 
 from tensorway.errors import FailedPrecondition, TensorwayError
 
-_DEFAULT_HOP_US: Final = 700.0
+_DEFAULT_HOP_US: Final = 400.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
