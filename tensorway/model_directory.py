@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tensorway.errors import FailedPrecondition
+from tensorway.generation import GenerationYaml
 from tensorway.signature import ROWS, Batching, Padding, RevisionSpec, Signature, TensorSpec
 from tensorway.tensors import DataType
 from tensorway.torchserve_keys import translated
@@ -129,6 +130,8 @@ class ModelYaml(_Strict):
     inputs: Annotated[tuple[TensorYaml, ...], Field(min_length=1)]
     outputs: Annotated[tuple[TensorYaml, ...], Field(min_length=1)]
     batching: BatchingYaml = BatchingYaml()
+    #: Set: the model generates tokens; see `tensorway.generation`.
+    generation: GenerationYaml | None = None
     files: tuple[FileYaml, ...] = ()
     parallel: ParallelYaml = ParallelYaml()
     replicas: Annotated[int, Field(ge=0)] = 1
@@ -152,6 +155,8 @@ class ModelYaml(_Strict):
             names = [spec.name for spec in specs]
             if len(set(names)) != len(names):
                 raise ValueError(f"{kind}: names must be unique, got {names}")
+        if self.generation is not None and self.engine != "transformers":
+            raise ValueError(f"generation: engine {self.engine} generates no tokens; transformers does")
         by_name = {spec.name: spec for spec in self.inputs}
         for name in self.batching.padding:
             spec = by_name.get(name)
@@ -246,4 +251,5 @@ def _spec(model: ModelYaml, revision: str) -> RevisionSpec:
         ),
         num_replicas=model.replicas,
         default_timeout_s=model.default_timeout_s,
+        generation=None if model.generation is None else model.generation.limits,
     )

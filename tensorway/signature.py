@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from tensorway.generation import GenerationLimits
 from tensorway.tensors import DataType
 
 #: Name of the batch dimension.
@@ -88,3 +89,5 @@ class RevisionSpec:
     num_replicas: int
     #: Requests without a deadline get this one, seconds.
     default_timeout_s: float
+    #: None: the model does not generate tokens.
+    generation: GenerationLimits | None = None

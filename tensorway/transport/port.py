@@ -16,6 +16,9 @@ from tensorway.tensors import Buffer
 
 DEFAULT_MAX_MESSAGE_BYTES: Final = 256 * 1024 * 1024
 
+#: Token frames of one request that may be on their way before the reader has granted more.
+TOKEN_CREDIT: Final = 8
+
 #: Tensor bytes as the segments they arrived in; joined only where something needs them contiguous.
 Payload = tuple[Buffer, ...]
 
@@ -109,6 +112,13 @@ class ReplySink(Protocol):
     def on_error(self, error: TensorwayError) -> None: ...
 
 
+class TokenSink(ReplySink, Protocol):
+    """A sink of a request that is answered with tokens before its reply or error."""
+
+    def on_token(self, head: bytes) -> None:
+        """One token frame. Whoever is done with it grants the link one more (`LinkClient.grant`)."""
+
+
 class LinkClient(Protocol):
     """The side of a link that opened it."""
 
@@ -131,7 +141,13 @@ class LinkClient(Protocol):
     def send(self, head: bytes, payload: Payload, deadline: Deadline, sink: ReplySink) -> int:
         """Queues one request and returns its id. Raises Unavailable where the link is not connected, the peer is draining or does not
         take what is sent, and MessageTooLarge for a payload above the limit. Segments must be flat bytes that stay unchanged.
-        The sender enforces the deadline: at it, `cancel` and answer for itself."""
+        The sender enforces the deadline: at it, `cancel` and answer for itself.
+
+        `sink` may be a `TokenSink`; tokens for one that is not are a broken peer and end the link."""
+
+    def grant(self, request_id: int, num_tokens: int) -> None:
+        """Lets the peer send so many more token frames of a request. Unknown ids are ignored. Grants are gathered: they leave with what
+        else leaves, and at the latest when half of `TOKEN_CREDIT` has come together."""
 
     def cancel(self, request_id: int) -> None:
         """Forgets the request (its sink is not called any more) and tells the peer. Unknown ids are ignored."""
@@ -158,6 +174,16 @@ class Exchange(Protocol):
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Calls `callback` once if the peer cancels or its connection breaks before the answer."""
+
+    @property
+    def credit(self) -> int:
+        """Token frames that may be pushed now."""
+
+    def push(self, head: bytes) -> None:
+        """Sends one token frame, which takes one credit; without credit, raises InternalError. Dropped once answered or cancelled."""
+
+    def on_credit(self, callback: Callable[[], None]) -> None:
+        """Has `callback` called, in the loop, each time that credit comes after there was none."""
 
 
 #: Called in the loop for each request that arrives complete. Must not block, and must not raise.

@@ -45,6 +45,11 @@ class InferenceServiceStub:
                 request_serializer=tensorway_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=tensorway_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.Generate = channel.unary_stream(
+                '/tensorway.v1.InferenceService/Generate',
+                request_serializer=tensorway_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=tensorway_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -68,6 +73,15 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request, context):
+        """Has a generating model continue a prompt, and streams the text as it is made. The first message is `started`; then come `delta`s, and
+        one `finished` for each choice, after which the stream ends with OK. The gRPC deadline is the request's deadline. A group that dies
+        on the way is replaced: the stream goes on with the next token. A client that lost its connection goes on with `resume`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +94,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=tensorway_dot_v1_dot_inference__pb2.ExplainRequest.FromString,
                     response_serializer=tensorway_dot_v1_dot_inference__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=tensorway_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=tensorway_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +156,33 @@ class InferenceService:
             '/tensorway.v1.InferenceService/Explain',
             tensorway_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
             tensorway_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tensorway.v1.InferenceService/Generate',
+            tensorway_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            tensorway_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,7 +33,7 @@ class TensorHead(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class RequestHead(_message.Message):
-    __slots__ = ("request_id", "model", "revision", "rows", "priority", "inputs", "output_names", "parameters", "traceparent", "explain")
+    __slots__ = ("request_id", "model", "revision", "rows", "priority", "inputs", "output_names", "parameters", "traceparent", "explain", "generate", "so_far", "stream_id", "next_sequence", "seed")
     class ParametersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,11 @@ class RequestHead(_message.Message):
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_FIELD_NUMBER: _ClassVar[int]
+    SO_FAR_FIELD_NUMBER: _ClassVar[int]
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     revision: str
@@ -61,7 +66,34 @@ class RequestHead(_message.Message):
     parameters: _containers.MessageMap[str, _tensor_pb2.Parameter]
     traceparent: str
     explain: _inference_pb2.ExplainOptions
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., rows: _Optional[int] = ..., priority: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[TensorHead, _Mapping]]] = ..., output_names: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., traceparent: _Optional[str] = ..., explain: _Optional[_Union[_inference_pb2.ExplainOptions, _Mapping]] = ...) -> None: ...
+    generate: _inference_pb2.GenerateRequest
+    so_far: _containers.RepeatedCompositeFieldContainer[GenerationSoFar]
+    stream_id: str
+    next_sequence: int
+    seed: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., rows: _Optional[int] = ..., priority: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[TensorHead, _Mapping]]] = ..., output_names: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., traceparent: _Optional[str] = ..., explain: _Optional[_Union[_inference_pb2.ExplainOptions, _Mapping]] = ..., generate: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., so_far: _Optional[_Iterable[_Union[GenerationSoFar, _Mapping]]] = ..., stream_id: _Optional[str] = ..., next_sequence: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class GenerationSoFar(_message.Message):
+    __slots__ = ("token_ids", "has_prompt", "is_finished")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    HAS_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    IS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    has_prompt: bool
+    is_finished: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., has_prompt: _Optional[bool] = ..., is_finished: _Optional[bool] = ...) -> None: ...
+
+class GenerationAttempt(_message.Message):
+    __slots__ = ("choice", "seed", "so_far", "num_attempts")
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    SO_FAR_FIELD_NUMBER: _ClassVar[int]
+    NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    choice: int
+    seed: int
+    so_far: GenerationSoFar
+    num_attempts: int
+    def __init__(self, choice: _Optional[int] = ..., seed: _Optional[int] = ..., so_far: _Optional[_Union[GenerationSoFar, _Mapping]] = ..., num_attempts: _Optional[int] = ...) -> None: ...
 
 class ResponseHead(_message.Message):
     __slots__ = ("outputs", "parameters")
@@ -89,16 +121,18 @@ class ReplyHead(_message.Message):
     def __init__(self, response: _Optional[bytes] = ..., revision: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class BatchHead(_message.Message):
-    __slots__ = ("batch_id", "epoch", "requests", "remaining_us")
+    __slots__ = ("batch_id", "epoch", "requests", "remaining_us", "generation")
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     REMAINING_US_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     batch_id: int
     epoch: int
     requests: _containers.RepeatedScalarFieldContainer[bytes]
     remaining_us: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, batch_id: _Optional[int] = ..., epoch: _Optional[int] = ..., requests: _Optional[_Iterable[bytes]] = ..., remaining_us: _Optional[_Iterable[int]] = ...) -> None: ...
+    generation: GenerationAttempt
+    def __init__(self, batch_id: _Optional[int] = ..., epoch: _Optional[int] = ..., requests: _Optional[_Iterable[bytes]] = ..., remaining_us: _Optional[_Iterable[int]] = ..., generation: _Optional[_Union[GenerationAttempt, _Mapping]] = ...) -> None: ...
 
 class BatchReplyHead(_message.Message):
     __slots__ = ("results", "wait_us", "step_us", "prepare_us")

@@ -39,6 +39,9 @@ class LinkServiceStub:
     offset 12  uint32  body_bytes
     offset 16  uint64  request: remaining deadline, microseconds, 0 = none; credit: messages granted; otherwise zero
 
+    A token frame has a head only. The side that opened the link grants credit: 8 token frames of a request may come before it has granted
+    more, and while there is no credit the other side joins what it has to say into fewer, longer ones.
+
     A body above 1 MiB travels as a first frame and chunk frames, between which other requests' frames may come.
     """
 
@@ -68,6 +71,9 @@ class LinkServiceServicer:
     offset 8   uint32  head_bytes
     offset 12  uint32  body_bytes
     offset 16  uint64  request: remaining deadline, microseconds, 0 = none; credit: messages granted; otherwise zero
+
+    A token frame has a head only. The side that opened the link grants credit: 8 token frames of a request may come before it has granted
+    more, and while there is no credit the other side joins what it has to say into fewer, longer ones.
 
     A body above 1 MiB travels as a first frame and chunk frames, between which other requests' frames may come.
     """
@@ -108,6 +114,9 @@ class LinkService:
     offset 8   uint32  head_bytes
     offset 12  uint32  body_bytes
     offset 16  uint64  request: remaining deadline, microseconds, 0 = none; credit: messages granted; otherwise zero
+
+    A token frame has a head only. The side that opened the link grants credit: 8 token frames of a request may come before it has granted
+    more, and while there is no credit the other side joins what it has to say into fewer, longer ones.
 
     A body above 1 MiB travels as a first frame and chunk frames, between which other requests' frames may come.
     """

@@ -29,7 +29,7 @@ from tests.integration.hurt_groups import (
 pytestmark = [pytest.mark.models, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 #: Of the model `guarded`: memory that each rank fills for each row of a step, and its limit.
-ROW_MB, GUARDED_MB = 32, 520
+ROW_MB, GUARDED_MB = 64, 800
 #: What a call that cannot be answered is given, seconds.
 EXPLAIN_S = 5.0
 

@@ -92,8 +92,11 @@ def test_what_is_kept_is_given_back_before_a_step_that_does_not_fit_beside_it() 
 
 def test_a_small_step_above_the_line_lifts_all_of_it_alike() -> None:
     guard, meter = learnt(10_000, {10: 1000, 110: 1500})
-    meter.now = 0
+    meter.now = meter.kept = 300
+    one_step(guard, meter, 20, 1500)
+    assert (guard.predict(20), guard.predict(110)) == (1050, 1500), "it found other pieces kept than the warm-up did: it teaches nothing"
     one_step(guard, meter, 20, 1100)
+    assert meter.kept == 0
     assert (guard.predict(20), guard.predict(110)) == (1100, 1550)
 
 

@@ -122,7 +122,8 @@ class MemoryGuard:
 
     A CPU's allocator keeps what steps have freed, so the resident set shows the largest of the past, and pieces between. Hence a step that
     is larger than all before it is measured after the allocator has given back what it keeps, and one that would not fit beside that
-    begins so, too.
+    begins so, too. Only such steps teach: what another takes depends on the holes that it found. One that seems to take more than predicted
+    has the next one begin so.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -136,6 +137,8 @@ class MemoryGuard:
         #: Bytes of input of the largest step.
         self._largest = -1
         self._used_before = 0
+        #: Whether the step began with nothing kept by the allocator; whether the next one must.
+        self._is_clean = self._wants_clean = False
         self._limit = meter.limit()
 
     @property
@@ -162,7 +165,8 @@ class MemoryGuard:
         """Before a step."""
         size = num_bytes(inputs)
         self._used_before = self._meter.used()
-        if size > self._largest or self._used_before + self._need(size) > self._safe_limit():
+        self._is_clean = self._wants_clean or size > self._largest or self._used_before + self._need(size) > self._safe_limit()
+        if self._is_clean:
             self._meter.release()
             self._used_before = self._idle = self._meter.used()
         self._meter.begin()
@@ -176,7 +180,8 @@ class MemoryGuard:
             self._slope = max(1.0, (need - self._first[1]) / (size - self._first[0]))
             self._fixed = max(0.0, self._first[1] - self._slope * self._first[0])
         elif need > self._need(size):
-            self._fixed += need - self._need(size)
+            self._fixed += need - self._need(size) if self._is_clean else 0
+        self._wants_clean = not self._is_clean and need > self._need(size)
         self._largest = max(self._largest, size)
 
     def _need(self, input_bytes: int) -> int:

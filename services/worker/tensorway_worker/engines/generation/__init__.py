@@ -1,0 +1,1 @@
+"""Token generation: continuous batching over the ranks of a group."""
