@@ -51,6 +51,10 @@ def open_engine(directory: ModelDirectory, device: str, cut: Cut | None = None) 
         from tensorway_worker.engines.placed import placed_engine
 
         return placed_engine(directory, device)
+    if directory.yaml.generation is not None:
+        from tensorway_worker.engines.generation.engine import generation_engine
+
+        return generation_engine(directory, device, cut)
     if engine == "transformers":
         from tensorway_worker.engines.transformers import transformers_engine
 

@@ -1,7 +1,8 @@
 """What the engine `transformers` can be asked for: which of the library's models does it, and what of its result is the output.
 
 embedding: mean over the attended tokens, of length 1. classification: logits. causal-lm: a language model's logits for the next token, at
-every position or (`settings.positions: last`) after each row's last attended token.
+every position or (`settings.positions: last`) after each row's last attended token. generation: a language model's own next tokens; its
+steps are those of `engines/generation`.
 
 Everything here is differentiable, and in a pipeline it is the last stage that takes the outputs: the inputs travel there with the batch.
 """
@@ -119,9 +120,11 @@ def _for_last(inputs: Inputs, accepted: frozenset[str]) -> dict[str, Any]:
 
 
 _CAUSAL_LM: Final = "causal-lm"
+GENERATION: Final = "generation"
 #: The tasks by name; `task_of` also looks at the other settings.
 TASKS: Final[Mapping[str, Task]] = {
     "embedding": Task("embedding", "AutoModel", _mean_pooled, _nothing_else),
     "classification": Task("classification", "AutoModelForSequenceClassification", _logits, _nothing_else),
     _CAUSAL_LM: Task(_CAUSAL_LM, "AutoModelForCausalLM", _logits, _without_cache),
+    GENERATION: Task(GENERATION, "AutoModelForCausalLM", _logits, _without_cache),
 }

@@ -18,9 +18,12 @@ def subject_of(directory: ModelDirectory, device: str, rows: int) -> tuple[Uncut
     engine = directory.yaml.engine
     with torch.inference_mode(False), torch.no_grad():
         if engine == "transformers":
+            from tensorway_worker.engines import open_engine
             from tensorway_worker.engines.transformers import TransformersEngine
 
-            transformers_engine = TransformersEngine(directory, device)
+            opened = open_engine(directory, device)
+            # One that places itself on several devices has nothing to be cut, but says why.
+            transformers_engine = opened if isinstance(opened, TransformersEngine) else TransformersEngine(directory, device)
             return transformers_engine.uncut(rows), transformers_engine.notes
         if engine == "python":
             from tensorway_worker.engines.python import PythonEngine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import Final
+from typing import Final, Protocol
 
 from tensorway.deadline import Deadline
 from tensorway.endpoints import dialable
@@ -13,14 +13,8 @@ from tensorway.registry import open_registry
 from tensorway.registry.port import GROUP, Lease, Registration
 from tensorway.signature import RevisionSpec
 from tensorway.transport import HealthService, LinkServer, add_reflection, create_server
-from tensorway.transport.port import ServerOptions
-from tensorway_worker.engines.port import Engine
-from tensorway_worker.rank.codec import Codec
-from tensorway_worker.rank.executor import Executor
+from tensorway.transport.port import Exchange, Server, ServerOptions
 from tensorway_worker.rank.launch import RankLaunch
-from tensorway_worker.rank.layout import Layouts
-from tensorway_worker.rank.leader import EXPLAIN, INFER, Leader
-from tensorway_worker.rank.step import BatchRunner
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,30 +23,36 @@ LINK_SERVICE: Final = "tensorway.v1.LinkService"
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
 
 
+class Service(Protocol):
+    """What a leader does for others: batches (`leader.py`), or answers of tokens (`generating.py`)."""
+
+    def attach(self, server: Server) -> None:
+        """Adds its methods to a server that has not started."""
+
+    def on_exchange(self, exchange: Exchange) -> None:
+        """One request of an orchestrator."""
+
+    async def start(self) -> None:
+        """To be called once, before anybody can reach it."""
+
+    async def drain(self, deadline: Deadline) -> int:
+        """Refuses what is new and waits for what was accepted; returns how much of it is left at the deadline."""
+
+    def close(self) -> None:
+        """Ends its threads without waiting for them."""
+
+
 class Endpoint:
     """The leader's server and lease."""
 
-    def __init__(
-        self, launch: RankLaunch, spec: RevisionSpec, engine: Engine, runner: BatchRunner, executor: Executor, num_conductors: int
-    ) -> None:
+    def __init__(self, launch: RankLaunch, spec: RevisionSpec, service: Service) -> None:
         self._launch = launch
         self._spec = spec
-        codec = Codec(launch.model, launch.revision, Layouts(spec.signature, runner.padding), runner.rules.check_names)
-        self._leader = Leader(
-            asyncio.get_running_loop(),
-            executor,
-            runner,
-            codec,
-            launch.epoch,
-            stages_apart=engine.has_preprocess or engine.device != "cpu",
-            finishes_apart=engine.has_postprocess,
-            num_conductors=num_conductors,
-        )
+        self._service = service
         self._server = create_server(ServerOptions(launch.listen, launch.transport, launch.max_message_bytes))
-        self._links = LinkServer(self._leader.on_exchange, launch.max_message_bytes)
+        self._links = LinkServer(service.on_exchange, launch.max_message_bytes)
         self._links.attach(self._server)
-        self._server.add_unary(INFER, self._leader.infer)
-        self._server.add_unary(EXPLAIN, self._leader.explain)
+        service.attach(self._server)
         self._health = HealthService((INFERENCE_SERVICE, LINK_SERVICE))
         self._health.attach(self._server)
         add_reflection(self._server, (INFERENCE_SERVICE, LINK_SERVICE, HEALTH_SERVICE))
@@ -62,6 +62,7 @@ class Endpoint:
     async def open(self) -> str:
         """Binds, registers and serves; returns what others dial. Raises Unavailable or FailedPrecondition."""
         launch = self._launch
+        await self._service.start()
         endpoint = dialable(await self._server.start(), launch.advertise_host)
         if launch.local_links:
             await self._links.listen_local(endpoint)
@@ -84,7 +85,7 @@ class Endpoint:
         if self._lease is not None:
             await self._lease.release()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._leader.drain(deadline))
+            tasks.create_task(self._service.drain(deadline))
             tasks.create_task(self._links.drain(deadline))
 
     async def close(self) -> None:
@@ -92,7 +93,7 @@ class Endpoint:
         self._health.shutdown()
         await self._links.close()
         await self._server.stop(0.0)
-        self._leader.close()
+        self._service.close()
         await self._registry.close()
 
     def _show_health(self, serving: bool) -> None:

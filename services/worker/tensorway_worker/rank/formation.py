@@ -43,7 +43,8 @@ def join(launch: RankLaunch, directory: ModelDirectory, executor: Executor, stor
     # A follower knows its steps by the parts that it runs; the leader counts whole ones.
     enqueue = executor.enqueue if launch.rank == 0 else partial(_enqueue_part, executor)
     group = LinkedGroup(topology, membership, directory.path, enqueue, executor.crash)
-    group.is_batchable = directory.spec.signature.is_batchable
+    # A step of a generation is no batch of rows: its pieces cannot be told apart by where they lie.
+    group.is_batchable = directory.spec.signature.is_batchable and directory.yaml.generation is None
     group.wanted_micro_batches = directory.yaml.parallel.micro_batches
     # Its commands may come as soon as the ranks have met.
     training = LinkedTraining(group) if launch.adapt else None

@@ -21,7 +21,7 @@ from typing import Final
 
 from tensorway.deadline import DEFAULT_TIMEOUT_S, Deadline
 from tensorway.errors import Cancelled, InternalError, Overloaded, TensorwayError, Unavailable, as_tensorway_error
-from tensorway.transport.port import Call, Exchange
+from tensorway.transport.port import Call, Exchange, Server
 from tensorway_worker.rank.batch import Request
 from tensorway_worker.rank.codec import Batch, Codec, Times
 from tensorway_worker.rank.executor import Executor
@@ -98,6 +98,14 @@ class Leader:
         self._last_step_s = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    def attach(self, server: Server) -> None:
+        """Adds Infer and Explain, for calls to this leader alone."""
+        server.add_unary(INFER, self.infer)
+        server.add_unary(EXPLAIN, self.explain)
+
+    async def start(self) -> None:
+        """Its threads start with the first batch."""
 
     def on_exchange(self, exchange: Exchange) -> None:
         """One batch from an orchestrator."""

@@ -34,6 +34,7 @@ from tensorway_worker.rank.launch import FAILED, LOADING, READY, STARTING, STOPP
 from tensorway_worker.rank.node_pipe import StatusPipe, watch_node
 from tensorway_worker.rank.node_store import NodeStore
 from tensorway_worker.rank.report import Report
+from tensorway_worker.rank.serving import service_of
 from tensorway_worker.rank.step import BatchRunner
 from tensorway_worker.rank.warmup import Warming
 
@@ -107,7 +108,7 @@ class Rank:
                 # What is loaded stays: the collector need not look at it again and again while requests wait.
                 gc.collect()
                 gc.freeze()
-                endpoint = Endpoint(launch, directory.spec, engine, runner, executor, group.num_conductors)
+                endpoint = Endpoint(launch, directory.spec, service_of(launch, directory, engine, group, runner, executor))
                 report.change(READY, endpoint=await endpoint.open())
             else:
                 report.change(READY)

@@ -1,0 +1,152 @@
+"""A transformers language model as a rank of a generating group runs it: one step of many answers at once, and the draw after it.
+
+Settings: `task: generation`, and those of the engine `transformers` that say where the model comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Final, cast
+
+import torch
+import transformers
+
+from tensorway.errors import FailedPrecondition
+from tensorway.generation import GenerationYaml
+from tensorway.model import Inputs, Outputs
+from tensorway.model_directory import ModelDirectory
+from tensorway_worker.engines.cut.assembly import Uncut
+from tensorway_worker.engines.generation.attention import NAME, KeyValueCache, attend, attending, no_mask
+from tensorway_worker.engines.generation.layout import DRAWING, StepLayout, carried
+from tensorway_worker.engines.generation.requests import Sampling
+from tensorway_worker.engines.generation.sampler import RowToDraw, SamplingRows, sample
+from tensorway_worker.engines.generation.scheduler import Row, Sequence
+from tensorway_worker.engines.port import Cut
+from tensorway_worker.engines.transformers import TransformersEngine
+
+_CACHED_LAYERS: Final = frozenset({"full_attention", "sliding_attention"})
+#: Of a model that does not say how many tokens it was made for.
+_DEFAULT_CONTEXT: Final = 2048
+#: Most likely tokens that an example asks for.
+_EXAMPLE_TOP: Final = 5
+#: Answers in the step whose time is shared out among stages, and their tokens so far.
+_SIZED_ROWS: Final = 16
+_SIZED_LENGTH: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Dimensions:
+    """What the leader needs to know to schedule."""
+
+    num_blocks: int
+    block_tokens: int
+    #: Tokens of a prompt and its answer.
+    max_context: int
+    vocabulary: int
+
+
+class GenerationEngine(TransformersEngine):
+    """Implements `Engine`. `run` takes a step's carry (`layout.py`) and returns what was drawn (`Sampled.to_tensors`)."""
+
+    def __init__(self, directory: ModelDirectory, device: str, cut: Cut | None = None) -> None:
+        super().__init__(directory, device, cut)
+        # Text is made of tokens, and tokens of text, by the leader, not around each step.
+        self._text = ""
+        self.has_preprocess = False
+        self._generation: GenerationYaml = directory.yaml.generation or GenerationYaml()
+        self._cache: KeyValueCache | None = None
+        self._seen_whole: torch.Tensor | None = None
+        self.dimensions = Dimensions(0, self._generation.block_tokens, 0, 0)
+
+    def _adopt(self, model: Any) -> None:
+        super()._adopt(model)
+        _refuse_unfit(model)
+        transformers.AttentionInterface.register(NAME, attend)
+        transformers.AttentionMaskInterface.register(NAME, no_mask)
+        model.set_attn_implementation(NAME)
+        self.dimensions = _dimensions(model, self._generation)
+        places = self.dimensions.num_blocks * self.dimensions.block_tokens
+        self._cache = KeyValueCache(places, is_touched=bool(self._directory.yaml.memory_limit_mb))
+        # Four dimensions are taken as they are: transformers makes no mask of its own.
+        self._seen_whole = torch.ones((1, 1, 1, 1), device=self.device)
+
+    def _whole(self, inputs: Inputs) -> Outputs:
+        carry = cast("dict[str, torch.Tensor]", inputs)
+        if self._cache is None:
+            raise FailedPrecondition("the model is not loaded")
+        with attending(self._cache, StepLayout.of(inputs, self.dimensions.block_tokens)):
+            result = self._model(
+                input_ids=carry["input_ids"].to(self.device), position_ids=carry["position_ids"].to(self.device),
+                attention_mask=self._seen_whole, use_cache=False, logits_to_keep=carry[DRAWING].to(self.device),
+            )
+        return cast("Outputs", sample(result.logits[0], SamplingRows.from_tensors(carry)).to_tensors())
+
+    def uncut(self, rows: int = 0) -> Uncut:
+        # Nearly all steps advance answers by a token each: those are to take as long in every stage.
+        uncut = super().uncut(rows)
+        return replace(uncut, sized_example=self._made_up(rows or _SIZED_ROWS, _SIZED_LENGTH, 1))
+
+    def _example(self, rows: int, length: int) -> Inputs:
+        """So many prompts, each of them in one piece, with one draw after it."""
+        size = min(length, self.dimensions.max_context - 1)
+        return self._made_up(rows, size, size)
+
+    def _made_up(self, rows: int, size: int, count: int) -> Inputs:
+        """The last `count` tokens of each of `rows` sequences of `size` tokens, and a draw after it."""
+        size = min(size, self.dimensions.max_context - 1)
+        num_blocks = -(-size // self.dimensions.block_tokens)
+        rows = max(1, min(rows, self.dimensions.num_blocks // num_blocks))
+        sequences = [
+            Sequence(
+                id=row,
+                ids=[(row * 131 + place * 17) % self.dimensions.vocabulary for place in range(size)],
+                blocks=list(range(row * num_blocks, (row + 1) * num_blocks)),
+            )
+            for row in range(rows)
+        ]
+        draws: list[RowToDraw] = [(Sampling(), size, (), (), _EXAMPLE_TOP) for _ in sequences]
+        carry = carried([Row(one, size - count, count) for one in sequences])
+        return {**carry, **cast("Inputs", SamplingRows.of(draws).to_tensors())}
+
+    def embedding(self, name: str) -> torch.nn.Module | None:
+        return None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of this rank's keys and values, used or not."""
+        return 0 if self._cache is None else self._cache.num_bytes
+
+
+def _refuse_unfit(model: Any) -> None:
+    """Raises FailedPrecondition for a model whose tokens see each other otherwise than through transformers' attention interface."""
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - _CACHED_LAYERS
+    if kinds:
+        raise FailedPrecondition(f"generation: {name} has layers of kind {', '.join(sorted(kinds))}, which keep no keys and values")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise FailedPrecondition(f"generation: {name} has an attention of its own, which cannot read keys and values in blocks")
+
+
+def _dimensions(model: Any, yaml: GenerationYaml) -> Dimensions:
+    config = model.config.get_text_config()
+    made_for = getattr(config, "max_position_embeddings", None) or _DEFAULT_CONTEXT
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept_heads = getattr(config, "num_key_value_heads", None) or heads
+    # Every rank must come to the same number: it is that of the whole model's layers and heads, however they are cut.
+    token_bytes = 2 * config.num_hidden_layers * kept_heads * width * model.dtype.itemsize
+    num_blocks = (yaml.kv_cache_mb << 20) // (token_bytes * yaml.block_tokens)
+    if num_blocks < 1:
+        needed = -(-token_bytes * yaml.block_tokens >> 20)
+        raise FailedPrecondition(
+            f"generation.kv_cache_mb: {yaml.kv_cache_mb} MiB hold no block of {yaml.block_tokens} tokens, which takes {needed} MiB",
+            field="generation.kv_cache_mb",
+        )
+    context = min(yaml.max_context or made_for, made_for, num_blocks * yaml.block_tokens)
+    return Dimensions(num_blocks, yaml.block_tokens, context, config.vocab_size)
+
+
+def generation_engine(directory: ModelDirectory, device: str, cut: Cut | None = None) -> GenerationEngine:
+    """An engine for `directory`, or for a rank's part of it."""
+    return GenerationEngine(directory, device, cut)

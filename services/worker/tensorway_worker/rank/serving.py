@@ -1,0 +1,44 @@
+"""Which service a leader offers: batches, or answers of tokens."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tensorway.model_directory import ModelDirectory
+from tensorway_worker.engines.port import Engine
+from tensorway_worker.rank.codec import Codec
+from tensorway_worker.rank.endpoint import Service
+from tensorway_worker.rank.executor import Executor
+from tensorway_worker.rank.group import LinkedGroup
+from tensorway_worker.rank.launch import RankLaunch
+from tensorway_worker.rank.layout import Layouts
+from tensorway_worker.rank.leader import Leader
+from tensorway_worker.rank.solo import SoloGroup
+from tensorway_worker.rank.step import BatchRunner
+
+
+def service_of(
+    launch: RankLaunch,
+    directory: ModelDirectory,
+    engine: Engine,
+    group: LinkedGroup | SoloGroup,
+    runner: BatchRunner,
+    executor: Executor,
+) -> Service:
+    """The service of a leader whose group is ready. In the loop."""
+    if directory.yaml.generation is not None:
+        # Only here: it brings the libraries of its engine.
+        from tensorway_worker.rank.generating import Generations
+
+        return Generations(directory, engine, group, executor, launch.epoch)
+    codec = Codec(launch.model, launch.revision, Layouts(directory.spec.signature, runner.padding), runner.rules.check_names)
+    return Leader(
+        asyncio.get_running_loop(),
+        executor,
+        runner,
+        codec,
+        launch.epoch,
+        stages_apart=engine.has_preprocess or engine.device != "cpu",
+        finishes_apart=engine.has_postprocess,
+        num_conductors=group.num_conductors,
+    )
