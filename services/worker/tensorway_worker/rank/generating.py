@@ -58,7 +58,7 @@ class Generations:
         scheduler = Scheduler(
             BlockPool(dimensions.num_blocks, dimensions.block_tokens), Limits(yaml.max_sequences, yaml.step_tokens, windows)
         )
-        self.text = TextSide.of(directory)
+        self.text = _text_of(engine)
         self._directory = directory
         self._yaml = yaml
         self._engine = engine
@@ -248,6 +248,12 @@ class _Awaited:
 
     def failed(self, error: TensorwayError) -> None:
         self.done.set_exception(error)
+
+
+def _text_of(engine: GenerationEngine) -> TextSide:
+    if engine.text is None:
+        raise FailedPrecondition("the model is not loaded")
+    return engine.text
 
 
 def _run_into(done: Future[Outputs], run: Callable[[Inputs], Outputs], carry: Inputs) -> None:

@@ -21,6 +21,7 @@ from tensorway_worker.engines.generation.layout import DRAWING, StepLayout, carr
 from tensorway_worker.engines.generation.requests import Sampling
 from tensorway_worker.engines.generation.sampler import RowToDraw, SamplingRows, sample
 from tensorway_worker.engines.generation.scheduler import Row, Sequence
+from tensorway_worker.engines.generation.text import TextSide, read_text_side
 from tensorway_worker.engines.port import Cut
 from tensorway_worker.engines.transformers import TransformersEngine
 
@@ -57,6 +58,13 @@ class GenerationEngine(TransformersEngine):
         self._cache: KeyValueCache | None = None
         self._seen_whole: torch.Tensor | None = None
         self.dimensions = Dimensions(0, self._generation.block_tokens, 0, 0)
+        #: Of the leader, once it is loaded.
+        self.text: TextSide | None = None
+
+    def load(self) -> None:
+        super().load()
+        if self._cut is None or (self._cut.place.is_first and not self._cut.place.shard):
+            self.text = read_text_side(self._pretrained.files, str(self._settings.get("weights", "")))
 
     def _adopt(self, model: Any) -> None:
         super()._adopt(model)
