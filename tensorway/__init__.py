@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tensorway.client import AsyncClient, Client
     from tensorway.explaining import Explain
+    from tensorway.results import ChatMessage, Delta, Finished, Started
 
-__all__ = ["AsyncClient", "Client", "Explain"]
+__all__ = ["AsyncClient", "ChatMessage", "Client", "Delta", "Explain", "Finished", "Started"]
 __version__ = "0.1.0"
 
 

@@ -3,6 +3,8 @@
     with Client("localhost:8001") as client:
         result = client.infer("minilm", {"text": ["a sentence", "another"]})
         result["embedding"]          # numpy, [2, 384]
+        for piece in client.generate_text("smollm2-chat", [{"role": "user", "content": "Why is the sky blue?"}], max_tokens=100):
+            print(piece, end="", flush=True)
 
 Both retry what another attempt may cure (a lost or overloaded service), within the deadline, and raise `TensorwayError`s.
 """
@@ -10,26 +12,37 @@ Both retry what another attempt may cure (a lost or overloaded service), within 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, Self, Unpack
 
 from tensorway.arrays import to_tensor
+from tensorway.client_attempts import Attempts
+from tensorway.client_generate import GenerateOptions, Generation, Prompt, generate, generate_async, text_of, text_of_async
 from tensorway.deadline import DEFAULT_TIMEOUT_S, Deadline
 from tensorway.errors import DeadlineExceeded, InvalidRequest, TensorwayError, Unavailable
 from tensorway.explaining import Explain
 from tensorway.parameter_message import write_parameters
 from tensorway.registry.port import Registration
-from tensorway.results import InferResult, ModelDescription, read_model, read_result
+from tensorway.results import (
+    ChatMessage,
+    Delta,
+    Finished,
+    GenerationEvent,
+    InferResult,
+    ModelDescription,
+    Started,
+    read_model,
+    read_result,
+)
 from tensorway.tensor_message import tensor_field
 from tensorway.tensors import Buffer
 from tensorway.transport import AsyncChannel, BlockingChannel, UnaryReply
 from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES
 from tensorway.v1 import inference_pb2, mesh_pb2, model_pb2
 
-__all__ = ["AsyncClient", "Client", "Explain"]
+__all__ = ["AsyncClient", "ChatMessage", "Client", "Delta", "Explain", "Finished", "Started"]
 
 Metadata = Mapping[str, str] | Sequence[tuple[str, str]]
 Parameters = Mapping[str, bool | int | float | str]
@@ -46,27 +59,6 @@ _EXPLAIN_ALL: Final = Explain()
 #: A grpc.health.v1 request for the whole server, and the response that says SERVING (field 1 = 1).
 _CHECK_ALL: Final = b""
 _SERVING: Final = b"\x08\x01"
-_FIRST_PAUSE_S: Final = 0.05
-_LONGEST_PAUSE_S: Final = 2.0
-
-
-@dataclass(slots=True)
-class _Attempts:
-    """The attempts of one call: how many are left, and how long to pause before the next."""
-
-    deadline: Deadline
-    num_left: int
-    num_failed: int = 0
-
-    def pause_s(self, error: TensorwayError) -> float:
-        """Seconds to wait before the next attempt. Raises `error` where there is none: not curable, no attempt or no time left."""
-        pause_s: float = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self.num_failed) * random.uniform(0.5, 1.0)
-        pause_s = max(pause_s, error.retry_after_s)
-        if not error.is_retryable or self.num_left == 0 or self.deadline.remaining_s() <= pause_s:
-            raise error
-        self.num_left -= 1
-        self.num_failed += 1
-        return pause_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +70,12 @@ class _Calls:
     retries: int
     as_torch: bool
 
-    def begin(self, timeout_s: float | None) -> _Attempts:
-        return _Attempts(Deadline.after(self.timeout_s if timeout_s is None else timeout_s), self.retries)
+    def begin(self, timeout_s: float | None) -> Attempts:
+        return Attempts(Deadline.after(self.timeout_s if timeout_s is None else timeout_s), self.retries)
+
+    def generation(self, model: str, prompt: Prompt, options: GenerateOptions) -> Generation:
+        """One call of Generate. Raises InvalidRequest for what cannot be sent."""
+        return Generation(model, prompt, options, self.begin(options.get("timeout_s")))
 
     def infer_request(
         self, model: str, inputs: Mapping[str, Any], outputs: Sequence[str] | None, revision: str, request_id: str,
@@ -147,6 +143,15 @@ class Client:
         message = self._calls.explain_request(model, inputs, wish, revision, request_id)
         return self._calls.infer_result(self._unary(_EXPLAIN, message, timeout_s))
 
+    def generate(self, model: str, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generator[GenerationEvent]:
+        """Has a model continue a prompt: text, token ids, or chat messages. Yields `Started`, `Delta`s, and a `Finished` for each choice,
+        as they are made. A connection that breaks is taken up again where it broke. Closing the generator ends the answer."""
+        return generate(self._channel, self._calls.generation(model, prompt, options), time.sleep)
+
+    def generate_text(self, model: str, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generator[str]:
+        """`generate`, but only the pieces of the text of its one answer."""
+        return text_of(self.generate(model, prompt, **options), options)
+
     def models(self, *, timeout_s: float | None = None) -> tuple[ModelDescription, ...]:
         """All models of the mesh, by name."""
         return self._calls.models(self._unary(_LIST_MODELS, b"", timeout_s))
@@ -213,6 +218,14 @@ class AsyncClient:
         """See `Client.explain`."""
         message = self._calls.explain_request(model, inputs, wish, revision, request_id)
         return self._calls.infer_result(await self._unary(_EXPLAIN, message, timeout_s))
+
+    def generate(self, model: str, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncGenerator[GenerationEvent]:
+        """See `Client.generate`. Close it (`contextlib.aclosing`) where you leave it early."""
+        return generate_async(self._open(), self._calls.generation(model, prompt, options))
+
+    def generate_text(self, model: str, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncGenerator[str]:
+        """See `Client.generate_text`."""
+        return text_of_async(self.generate(model, prompt, **options), options)
 
     async def models(self, *, timeout_s: float | None = None) -> tuple[ModelDescription, ...]:
         """See `Client.models`."""

@@ -1,4 +1,4 @@
-"""What the Python client gives back: results, timings and descriptions, read from the wire."""
+"""What the Python client gives back: results, timings, streams and descriptions, read from the wire."""
 
 from __future__ import annotations
 
@@ -124,6 +124,95 @@ class ModelDescription:
     @property
     def is_ready(self) -> bool:
         return self.state == "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation."""
+
+    #: `system`, `user`, `assistant`, or what else the model's template knows.
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The first event of a generation."""
+
+    stream_id: str
+    request_id: str
+    model: str
+    #: Full revision that answers.
+    revision: str
+    #: Given back as the option `seed`, it repeats the answer.
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithm of a drawn token's probability, and (token id, logarithm) of the most likely ones, most likely first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What was added to a choice. Texts joined over all deltas of a choice are its answer."""
+
+    choice: int
+    #: Tokens of the choice before this delta.
+    offset: int
+    token_ids: tuple[int, ...]
+    text: str
+    #: One for each token, where asked for.
+    logprobs: tuple[TokenLogprob, ...] = ()
+    #: True: this is the prompt itself, which was asked for with `echo`.
+    is_prompt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a choice."""
+
+    choice: int
+    #: `eos`, `stop_string`, `stop_token` or `length`.
+    reason: str
+    #: The stop string that ended the answer.
+    stop_match: str
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    #: Tokens of the prompt that were known from another request.
+    num_cached_tokens: int
+    #: Times that the choice was begun or continued on a group; 1: nothing went wrong.
+    num_attempts: int
+    group: str
+
+
+#: What a generation yields.
+GenerationEvent = Started | Delta | Finished
+
+
+def read_event(message: bytes) -> tuple[int, GenerationEvent | None]:
+    """Number and content of a serialised GenerateResponse; None for an event that this client does not know."""
+    response = inference_pb2.GenerateResponse.FromString(message)
+    event: GenerationEvent | None = None
+    kind = response.WhichOneof("event")
+    if kind == "started":
+        started = response.started
+        event = Started(started.stream_id, started.request_id, started.model, started.revision, started.seed)
+    elif kind == "delta":
+        delta = response.delta
+        logprobs = tuple([TokenLogprob(item.logprob, tuple([(top.token_id, top.logprob) for top in item.top])) for item in delta.logprobs])
+        event = Delta(delta.choice, delta.offset, tuple(delta.token_ids), delta.text, logprobs, delta.is_prompt)
+    elif kind == "finished":
+        finished, usage = response.finished, response.finished.usage
+        reason = inference_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower()
+        event = Finished(
+            finished.choice, reason, finished.stop_match, usage.num_prompt_tokens, usage.num_completion_tokens, usage.num_cached_tokens,
+            finished.num_attempts, finished.group,
+        )
+    return response.sequence, event
 
 
 def read_result(message: bytes, trailers: Mapping[str, str | bytes], *, as_torch: bool) -> InferResult:

@@ -17,7 +17,15 @@ from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES, LinkClient, Serv
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 if TYPE_CHECKING:
-    from tensorway.transport.channel import AsyncChannel, BlockingChannel, ClientStream, UnaryReply, check_health
+    from tensorway.transport.channel import (
+        AsyncChannel,
+        BlockingChannel,
+        BlockingStream,
+        ClientStream,
+        ReplyStream,
+        UnaryReply,
+        check_health,
+    )
     from tensorway.transport.health import HealthService
     from tensorway.transport.link_server import LinkServer
     from tensorway.transport.reflection import add_reflection
@@ -25,9 +33,11 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncChannel",
     "BlockingChannel",
+    "BlockingStream",
     "ClientStream",
     "HealthService",
     "LinkServer",
+    "ReplyStream",
     "UnaryReply",
     "add_reflection",
     "check_health",
@@ -38,7 +48,9 @@ __all__ = [
 _HOME_OF: Final = {
     "AsyncChannel": "channel",
     "BlockingChannel": "channel",
+    "BlockingStream": "channel",
     "ClientStream": "channel",
+    "ReplyStream": "channel",
     "UnaryReply": "channel",
     "check_health": "channel",
     "HealthService": "health",

@@ -27,17 +27,16 @@ class UnaryReply:
     trailers: Mapping[str, str | bytes]
 
 
-class ClientStream:
-    """The client's side of one bidirectional streaming RPC. One task reads, one writes. Cancel it when done.
+class ReplyStream:
+    """The client's side of one RPC that is answered with many messages. Cancel it when done.
 
-    A `read` or `write` that is cancelled goes on in the background, for grpc would end the whole RPC with it; the next one takes it up.
+    A `read` that is cancelled goes on in the background, for grpc would end the whole RPC with it; the next one takes it up.
     """
 
     def __init__(self, endpoint: str, call: Any) -> None:
         self.endpoint = endpoint
         self._call = call
         self._reading: asyncio.Future[Any] | None = None
-        self._writing: asyncio.Future[Any] | None = None
 
     async def read(self) -> bytes | None:
         """The next message; None after the server's last, where it ended well. Raises the server's error as a TensorwayError, and
@@ -51,6 +50,26 @@ class ClientStream:
         self._reading = None
         return None if message is grpc.aio.EOF else bytes(message)
 
+    async def cancel(self) -> None:
+        """Ends the RPC at once; harmless to repeat."""
+        self._call.cancel()
+        # Their outcome is of no interest any more, but somebody has to look at it.
+        await asyncio.gather(*self._pending(), return_exceptions=True)
+
+    def _pending(self) -> list[asyncio.Future[Any]]:
+        return [] if self._reading is None else [self._reading]
+
+
+class ClientStream(ReplyStream):
+    """The client's side of one bidirectional streaming RPC. One task reads, one writes. Cancel it when done.
+
+    A `write` that is cancelled goes on in the background like a `read`.
+    """
+
+    def __init__(self, endpoint: str, call: Any) -> None:
+        super().__init__(endpoint, call)
+        self._writing: asyncio.Future[Any] | None = None
+
     async def write(self, message: bytes) -> None:
         """Sends one message; returns when the transport can take the next. Raises Unavailable once the RPC has ended; `read` says why."""
         try:
@@ -62,12 +81,29 @@ class ClientStream:
             raise Unavailable(f"the stream to {self.endpoint} has ended", hop=self.endpoint) from error
         self._writing = None
 
-    async def cancel(self) -> None:
+    def _pending(self) -> list[asyncio.Future[Any]]:
+        return super()._pending() + ([] if self._writing is None else [self._writing])
+
+
+class BlockingStream:
+    """`ReplyStream` for code without a loop; one thread reads."""
+
+    def __init__(self, endpoint: str, call: Any) -> None:
+        self.endpoint = endpoint
+        self._call = call
+
+    def read(self) -> bytes | None:
+        """See `ReplyStream.read`; blocks the calling thread."""
+        try:
+            message = next(self._call, None)
+        except grpc.RpcError as error:
+            ended: Any = error
+            raise _error_of(self.endpoint, ended.code(), ended.details(), ended.trailing_metadata()) from error
+        return None if message is None else bytes(message)
+
+    def cancel(self) -> None:
         """Ends the RPC at once; harmless to repeat."""
         self._call.cancel()
-        pending = [future for future in (self._reading, self._writing) if future is not None]
-        # Their outcome is of no interest any more, but somebody has to look at it.
-        await asyncio.gather(*pending, return_exceptions=True)
 
 
 class AsyncChannel:
@@ -91,6 +127,12 @@ class AsyncChannel:
             return UnaryReply(response, dict(await pending.trailing_metadata()))
         except grpc.aio.AioRpcError as error:
             raise _error_of(self.endpoint, error.code(), error.details(), error.trailing_metadata()) from error
+
+    def server_stream(self, method: str, request: bytes, timeout_s: float | None, metadata: Metadata = ()) -> ReplyStream:
+        """Begins an RPC with one request and many replies; `timeout_s` None sets no deadline. Never raises: the first `read` says what is
+        wrong."""
+        call = self._channel.unary_stream(method)(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
+        return ReplyStream(self.endpoint, call)
 
     def stream(self, method: str, metadata: Metadata = ()) -> ClientStream:
         """Begins a bidirectional streaming RPC without a deadline. Never raises: the first `read` or `write` says what is wrong."""
@@ -121,6 +163,11 @@ class BlockingChannel:
             ended = error
             raise _error_of(self.endpoint, ended.code(), ended.details(), ended.trailing_metadata()) from error
         return UnaryReply(response, dict(ended.trailing_metadata() or ()))
+
+    def server_stream(self, method: str, request: bytes, timeout_s: float | None, metadata: Metadata = ()) -> BlockingStream:
+        """See `AsyncChannel.server_stream`."""
+        call = self._channel.unary_stream(method)(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
+        return BlockingStream(self.endpoint, call)
 
     def close(self) -> None:
         """Cancels what is in flight and closes the connection."""

@@ -92,6 +92,10 @@ def decode_message(message: bytes | bytearray) -> Iterator[Frame]:
             raise _broken(f"a {FrameKind(kind).name.lower()} frame says that chunks follow")
         if value and kind not in (REQUEST, CREDIT):
             raise _broken(f"a {FrameKind(kind).name.lower()} frame carries the value {value}")
+        if kind == TOKEN and body_bytes:
+            raise _broken(f"a token frame carries {body_bytes} bytes of body")
+        if kind == CREDIT and (head_bytes or body_bytes or not value):
+            raise _broken(f"a credit frame grants {value} tokens and carries {head_bytes} + {body_bytes} bytes")
         yield Frame(kind, flags == MORE, id, bytes(view[head_at:body_at]), view[body_at:offset], value)
 
 

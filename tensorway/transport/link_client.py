@@ -16,7 +16,22 @@ from tensorway.deadline import Deadline
 from tensorway.errors import DeadlineExceeded, InternalError, InvalidRequest, MessageTooLarge, TensorwayError, Unavailable
 from tensorway.transport.callbacks import call_guarded
 from tensorway.transport.error_detail import decode_detail
-from tensorway.transport.frames import CANCEL, CHUNK, ERROR, GOAWAY, MAX_ID, REQUEST, RESPONSE, Frame, FrameKind, decode_message
+from tensorway.transport.frames import (
+    CANCEL,
+    CHUNK,
+    CREDIT,
+    ERROR,
+    GOAWAY,
+    MAX_ID,
+    REQUEST,
+    RESPONSE,
+    TOKEN,
+    Frame,
+    FrameKind,
+    decode_message,
+)
+from tensorway.transport.future_sink import FutureSink
+from tensorway.transport.link_credit import CreditLedger
 from tensorway.transport.link_inbox import Inbox
 from tensorway.transport.link_outbox import Outbox, Progress
 from tensorway.transport.link_wire import Wire
@@ -47,6 +62,7 @@ class StreamLinkClient:
         self._last_id = 0
         self._outbox = Outbox()
         self._inbox = Inbox(max_message_bytes)
+        self._ledger = CreditLedger()
         self._wire: Wire | None = None
         self._is_connected = False
         self._is_writing = False
@@ -103,9 +119,15 @@ class StreamLinkClient:
         self._wake()
         return id
 
+    def grant(self, request_id: int, num_tokens: int) -> None:
+        """See the port. Raises InternalError where more is granted than has come: grants are for tokens that the reader is done with."""
+        if self._ledger.grant(request_id, num_tokens):
+            self._offer_credit()
+            self._wake()
+
     def cancel(self, request_id: int) -> None:
         """See the port."""
-        if self._sinks.pop(request_id, None) is None:
+        if self._pop(request_id) is None:
             return
         self._inbox.drop(request_id, is_cancelled=False)
         if self._outbox.withdraw(request_id) is not Progress.UNSENT:
@@ -114,7 +136,7 @@ class StreamLinkClient:
 
     async def call(self, head: bytes, payload: Payload, deadline: Deadline) -> Reply:
         """See the port."""
-        sink = _FutureSink(asyncio.get_running_loop().create_future())
+        sink = FutureSink(asyncio.get_running_loop().create_future())
         id = self.send(head, payload, deadline, sink)
         try:
             async with asyncio.timeout(deadline.remaining_s()):
@@ -170,6 +192,7 @@ class StreamLinkClient:
         self._last_error = error.message
         self._outbox.clear()
         self._inbox = Inbox(self._max_message_bytes)
+        self._ledger = CreditLedger()
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             call_guarded("a sink of a link", sink.on_error, Unavailable(f"the link to {self._endpoint} broke: {error.message}"))
@@ -188,6 +211,11 @@ class StreamLinkClient:
                     self._inbox.drop(id, is_cancelled=False)
             else:
                 self._tell_reply(id, frame.head, (frame.body,) if frame.body else ())
+        elif kind == TOKEN:
+            # Tokens of a request that was cancelled may still come for a while.
+            sink = self._sinks.get(id)
+            if sink is not None:
+                call_guarded("a sink of a link", self._ledger.take(id, sink), frame.head)
         elif kind == CHUNK:
             arrival = self._inbox.add(frame)
             if arrival is None:
@@ -209,7 +237,7 @@ class StreamLinkClient:
             raise InvalidRequest(f"a {name} frame may not be sent by the side that accepted the link", field="frames")
 
     def _take_error(self, id: int, head: bytes) -> None:
-        sink = self._sinks.pop(id, None)
+        sink = self._pop(id)
         if sink is None:
             return
         call_guarded("a sink of a link", sink.on_error, decode_detail(head))
@@ -219,7 +247,7 @@ class StreamLinkClient:
             self._wake()
 
     def _refuse_reply(self, id: int) -> None:
-        sink = self._sinks.pop(id, None)
+        sink = self._pop(id)
         if sink is None:
             return
         call_guarded(
@@ -229,9 +257,18 @@ class StreamLinkClient:
         self._wake()
 
     def _tell_reply(self, id: int, head: bytes, payload: Payload) -> None:
-        sink = self._sinks.pop(id, None)
+        sink = self._pop(id)
         if sink is not None:
             call_guarded("a sink of a link", sink.on_reply, head, payload)
+
+    def _pop(self, id: int) -> ReplySink | None:
+        """Takes the sink of a request that is over; None where there is none."""
+        self._ledger.forget(id)
+        return self._sinks.pop(id, None)
+
+    def _offer_credit(self) -> None:
+        for id, num_tokens in self._ledger.gathered():
+            self._outbox.offer(CREDIT, id, value=num_tokens)
 
     def _next_id(self) -> int:
         id = self._last_id
@@ -253,24 +290,9 @@ class StreamLinkClient:
     def _flush(self) -> None:
         if self._is_writing or self._wire is None:
             return
+        if self._outbox:
+            self._offer_credit()
         message = self._outbox.take()
         if message is not None:
             self._is_writing = True
             self._wire.write(message)
-
-
-class _FutureSink:
-    """Turns the outcome of a request into a future's."""
-
-    __slots__ = ("outcome",)
-
-    def __init__(self, outcome: asyncio.Future[Reply]) -> None:
-        self.outcome: Final = outcome
-
-    def on_reply(self, head: bytes, payload: Payload) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result(Reply(head, payload))
-
-    def on_error(self, error: TensorwayError) -> None:
-        if not self.outcome.done():
-            self.outcome.set_exception(error)

@@ -9,7 +9,7 @@ from typing import Final
 
 from tensorway.deadline import Deadline
 from tensorway.tensors import Buffer
-from tensorway.transport.frames import CHUNK, CHUNK_BYTES, HEADER, HEADER_BYTES, MORE, message_prefix
+from tensorway.transport.frames import CHUNK, CHUNK_BYTES, CREDIT, HEADER, HEADER_BYTES, MORE, TOKEN, message_prefix
 from tensorway.transport.port import Payload
 
 #: A message takes no further frame once it has this many bytes.
@@ -28,9 +28,9 @@ class Progress(Enum):
 class _Parcel:
     """One frame that waits, or the rest of a large one."""
 
-    __slots__ = ("body_bytes", "deadline", "head", "id", "kind", "offset", "segments")
+    __slots__ = ("body_bytes", "deadline", "head", "id", "kind", "offset", "segments", "value")
 
-    def __init__(self, kind: int, id: int, head: bytes, payload: Payload, body_bytes: int, deadline: Deadline | None) -> None:
+    def __init__(self, kind: int, id: int, head: bytes, payload: Payload, body_bytes: int, deadline: Deadline | None, value: int) -> None:
         self.kind = kind
         self.id = id
         self.head = head
@@ -38,6 +38,8 @@ class _Parcel:
         #: Bytes of body that have not left.
         self.body_bytes = body_bytes
         self.deadline = deadline
+        #: The header's last field, where no deadline is stamped there.
+        self.value = value
         #: Bytes of `segments[0]` that have left.
         self.offset = 0
 
@@ -75,23 +77,30 @@ class Outbox:
     def __bool__(self) -> bool:
         return bool(self._small or self._large)
 
-    def offer(self, kind: int, id: int, head: bytes = b"", payload: Payload = (), deadline: Deadline | None = None) -> None:
-        """Queues one frame. Payload segments must be flat bytes (format B) and stay unchanged until they have left."""
+    def offer(
+        self, kind: int, id: int, head: bytes = b"", payload: Payload = (), deadline: Deadline | None = None, value: int = 0
+    ) -> None:
+        """Queues one frame. Payload segments must be flat bytes (format B) and stay unchanged until they have left. `value` is the header's
+        last field of a frame without a deadline."""
         body_bytes = 0
         for segment in payload:
             body_bytes += len(segment)
-        parcel = _Parcel(kind, id, head, payload, body_bytes, deadline)
+        parcel = _Parcel(kind, id, head, payload, body_bytes, deadline, value)
         (self._small if body_bytes <= CHUNK_BYTES else self._large).append(parcel)
         self.num_bytes += len(head) + body_bytes
 
     def withdraw(self, id: int) -> Progress:
-        """Drops what has not left of the frames of `id`, and says how much the peer has heard of them."""
+        """Drops what has not left of the frames of `id`, and says how much the peer has heard of its request or answer. Tokens and credit
+        beside these say nothing of them."""
         progress = Progress.LEFT
         for queue in (self._small, self._large):
             for parcel in [waiting for waiting in queue if waiting.id == id]:
                 queue.remove(parcel)
                 self.num_bytes -= len(parcel.head) + parcel.body_bytes
-                progress = Progress.PARTIAL if parcel.kind == CHUNK else Progress.UNSENT
+                if parcel.kind == CHUNK:
+                    progress = Progress.PARTIAL
+                elif parcel.kind not in (TOKEN, CREDIT):
+                    progress = Progress.UNSENT
         return progress
 
     def clear(self) -> None:
@@ -129,7 +138,7 @@ class Outbox:
         flags = MORE if parcel.body_bytes else 0
         deadline = parcel.deadline
         # Stamped when the frame really leaves: time spent in the outbox counts. 0 would mean "no deadline".
-        value = max(1, int((deadline.at_s - now_s) * 1e6)) if deadline is not None else 0
+        value = max(1, int((deadline.at_s - now_s) * 1e6)) if deadline is not None else parcel.value
         parts[at] = HEADER.pack(parcel.kind, flags, 0, parcel.id, len(head), body_bytes, value)
         size = HEADER_BYTES + len(head) + body_bytes
         self.num_bytes -= size - HEADER_BYTES

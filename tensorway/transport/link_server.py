@@ -13,7 +13,7 @@ from typing import Final
 from tensorway.deadline import Deadline
 from tensorway.errors import Cancelled, InvalidRequest, MessageTooLarge, TensorwayError, Unavailable, as_tensorway_error
 from tensorway.transport.error_detail import encode_detail
-from tensorway.transport.frames import CANCEL, CHUNK, ERROR, GOAWAY, REQUEST, Frame, FrameKind, decode_message
+from tensorway.transport.frames import CANCEL, CHUNK, CREDIT, ERROR, GOAWAY, REQUEST, TOKEN, Frame, FrameKind, decode_message
 from tensorway.transport.link_exchange import LinkExchange
 from tensorway.transport.link_inbox import Inbox
 from tensorway.transport.link_outbox import Outbox, Progress
@@ -153,6 +153,11 @@ class _AcceptedLink:
         self._outbox.offer(kind, id, head, payload)
         self._wake()
 
+    def take_token(self, id: int, head: bytes) -> None:
+        """Queues one token of an exchange."""
+        self._outbox.offer(TOKEN, id, head)
+        self._wake()
+
     async def _read(self) -> None:
         read, outbox = self._stream.read, self._outbox
         while (message := await read()) is not None:
@@ -199,6 +204,11 @@ class _AcceptedLink:
                 self._accept(arrival.first, arrival.payload, arrival.deadline or Deadline.from_remaining_us(0))
         elif kind == CANCEL:
             self._cancel(frame.id)
+        elif kind == CREDIT:
+            # Credit for what has been answered meanwhile is of no use.
+            exchange = self._exchanges.get(frame.id)
+            if exchange is not None:
+                exchange.add_credit(frame.value)
         else:
             raise InvalidRequest(f"a {FrameKind(kind).name.lower()} frame may not be sent by the side that opened the link", field="frames")
 
@@ -218,6 +228,7 @@ class _AcceptedLink:
         self._inbox.drop(id, is_cancelled=True)
         exchange = self._exchanges.pop(id, None)
         if exchange is not None:
+            self._outbox.withdraw(id)  # tokens that have not left
             exchange.cancel()
             self._wake()
         elif self._outbox.withdraw(id) is Progress.PARTIAL:

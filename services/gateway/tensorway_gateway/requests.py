@@ -55,6 +55,41 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamPosition:
+    """Where a client goes on with a stream whose connection it lost."""
+
+    stream_id: str
+    #: Number of the first message that it wants.
+    next_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationArrival:
+    """One generation as parsed and checked, but for its model."""
+
+    #: Empty where `resume` says which stream is meant.
+    model: str
+    #: As in `Arrival`.
+    revision: str
+    is_version: bool
+    request_id: str
+    #: The serialised GenerateRequest.
+    message: bytes
+    num_choices: int
+    priority: int
+    #: As in `Arrival`.
+    timeout_s: float | None
+    #: When its bytes reached the servicer, seconds on `time.monotonic()`.
+    arrived_s: float
+    #: None: a new stream.
+    resume: StreamPosition | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.message)
+
+
+@dataclass(frozen=True, slots=True)
 class Timing:
     """Where a request's time went beyond the gateway; see `tensorway.v1.Timing`. Durations in microseconds."""
 

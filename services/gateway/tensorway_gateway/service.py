@@ -7,9 +7,11 @@ from tensorway.registry.port import GATEWAY, Registration
 from tensorway.service import ServiceContext
 from tensorway_gateway.admission import Admission, Limits
 from tensorway_gateway.catalog import Catalog
+from tensorway_gateway.generation_path import GenerationPath
 from tensorway_gateway.path import RequestPath
-from tensorway_gateway.servicers import inference, mesh, model, oip
+from tensorway_gateway.servicers import generation, inference, mesh, model, oip
 from tensorway_gateway.servicers.oip_models import OipModelServicer
+from tensorway_gateway.servicers.oip_stream import OipStreamServicer
 from tensorway_gateway.servicers.oip_unserved import attach_unserved
 from tensorway_gateway.settings import GatewaySettings
 from tensorway_gateway.statistics import Statistics, StatisticsCollector
@@ -41,10 +43,13 @@ class Gateway:
         statistics = Statistics()
         StatisticsCollector(statistics, lambda: (admission.num_requests, admission.num_bytes), context.metrics)
         path = RequestPath(catalog, admission, upstream, statistics)
+        generations = GenerationPath(catalog, admission, upstream, statistics)
         inference.InferenceServicer(path).attach(context.server)
+        generation.GenerationServicer(generations).attach(context.server)
         model.ModelServicer(catalog).attach(context.server)
         mesh.MeshServicer(context.registry).attach(context.server)
         oip.OipServicer(path).attach(context.server)
+        OipStreamServicer(path, generations).attach(context.server)
         OipModelServicer(catalog, statistics, lambda: self._unreadiness() is None).attach(context.server)
         attach_unserved(context.server)
         context.set_readiness(self._unreadiness())

@@ -64,6 +64,13 @@ class RevisionCounts:
             batch.step_us += timing.step_us
             batch.prepare_us += timing.prepare_us
 
+    def succeed_stream(self, took_s: float, unix_s: float) -> None:
+        """One generation came to its end. How long it queued and stepped is not known here, for nobody told."""
+        self.last_s = unix_s
+        self.num_succeeded += 1
+        self.num_rows += 1
+        self.succeeded_us += int(took_s * 1e6)
+
     def fail(self, took_s: float, unix_s: float) -> None:
         """One request that got as far as this revision and then failed."""
         self.last_s = unix_s
@@ -80,6 +87,10 @@ class ModelTotals:
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
     duration_s: float = 0.0
     num_bytes: int = 0
+    #: Messages of streams, and the time to the first delta of each, in the same buckets.
+    num_messages: int = 0
+    first_delta_buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
+    first_delta_s: float = 0.0
 
 
 class Statistics:
@@ -104,13 +115,25 @@ class Statistics:
 
     def count(self, model: str, status: Status, num_bytes: int, took_s: float) -> None:
         """One finished request of a known model."""
-        totals = self._models.get(model)
-        if totals is None:
-            totals = self._models[model] = ModelTotals()
+        totals = self._totals(model)
         totals.statuses[status] += 1
         totals.num_bytes += num_bytes
         totals.duration_s += took_s
         totals.buckets[bisect_left(BUCKETS_S, took_s)] += 1
+
+    def relay(self, model: str, num_messages: int, first_delta_s: float | None) -> None:
+        """What one stream of a known model sent; `first_delta_s` None: no delta."""
+        totals = self._totals(model)
+        totals.num_messages += num_messages
+        if first_delta_s is not None:
+            totals.first_delta_s += first_delta_s
+            totals.first_delta_buckets[bisect_left(BUCKETS_S, first_delta_s)] += 1
+
+    def _totals(self, model: str) -> ModelTotals:
+        totals = self._models.get(model)
+        if totals is None:
+            totals = self._models[model] = ModelTotals()
+        return totals
 
 
 class StatisticsCollector(Collector):
@@ -128,6 +151,10 @@ class StatisticsCollector(Collector):
         durations = HistogramMetricFamily(
             "tensorway_gateway_request_duration_seconds", "From the request's bytes to its answer's.", labels=("model",)
         )
+        messages = CounterMetricFamily("tensorway_gateway_stream_messages", "Messages of token streams sent to clients.", labels=("model",))
+        firsts = HistogramMetricFamily(
+            "tensorway_gateway_first_delta_seconds", "From a generation's bytes to its first delta, sent to the client.", labels=("model",)
+        )
         for status, number in self._statistics.unknown.items():
             requests.add_metric(("", status.name), number)
         for model, totals in self._statistics.models.items():
@@ -135,8 +162,11 @@ class StatisticsCollector(Collector):
                 requests.add_metric((model, status.name), number)
             received.add_metric((model,), totals.num_bytes)
             durations.add_metric((model,), list(_cumulative(totals.buckets)), totals.duration_s)
+            if totals.num_messages:
+                messages.add_metric((model,), totals.num_messages)
+                firsts.add_metric((model,), list(_cumulative(totals.first_delta_buckets)), totals.first_delta_s)
         num_requests, num_bytes = self._in_flight()
-        yield from (requests, received, durations)
+        yield from (requests, received, durations, messages, firsts)
         yield GaugeMetricFamily("tensorway_gateway_in_flight_requests", "Requests in flight.", num_requests)
         yield GaugeMetricFamily("tensorway_gateway_in_flight_bytes", "Tensor bytes in flight.", num_bytes)
 

@@ -99,18 +99,34 @@ class Upstream:
         tried: set[str] = set()
         lost: Unavailable | None = None
         while True:
-            orchestrator = self._choose(model, tried)
-            if orchestrator is None:
-                if lost is not None and self.has_connected:
-                    raise lost
-                await self._wait_connected(deadline, lost)
-                continue
+            orchestrator = await self.pick(model, tried, lost, deadline)
             tried.add(orchestrator.id)
             try:
                 return await self._attempt(orchestrator, head, payload, deadline)
             except Unavailable as error:
                 _LOG.debug("orchestrator %s did not answer: %s", orchestrator.id, error)
                 lost = error
+
+    async def pick(self, model: str, tried: set[str], lost: Unavailable | None, deadline: Deadline) -> Orchestrator:
+        """The orchestrator that a request of `model` should go to, none of `tried`; waits while none is connected.
+
+        Raises `lost`, the last refusal, where all that are connected were tried; Unavailable after the configured wait; DeadlineExceeded.
+        """
+        while True:
+            orchestrator = self._choose(model, tried)
+            if orchestrator is not None:
+                return orchestrator
+            if lost is not None and self.has_connected:
+                raise lost
+            await self.wait_connected(deadline, lost)
+
+    async def all_connected(self, deadline: Deadline) -> tuple[Orchestrator, ...]:
+        """Every orchestrator that can take requests; waits for one like `pick`."""
+        while True:
+            found = tuple(orchestrator for orchestrator in self._orchestrators.values() if orchestrator.can_take)
+            if found:
+                return found
+            await self.wait_connected(deadline, None)
 
     async def run(self) -> None:
         """Follows the registry until cancelled."""
@@ -151,7 +167,7 @@ class Upstream:
             if not attempt.is_answered:
                 orchestrator.link.cancel(request_id)
 
-    async def _wait_connected(self, deadline: Deadline, lost: Unavailable | None) -> None:
+    async def wait_connected(self, deadline: Deadline, lost: Unavailable | None) -> None:
         """Returns once one can take requests; raises Unavailable after the configured wait, or DeadlineExceeded."""
         remaining_s = deadline.remaining_s()
         self._connected.clear()

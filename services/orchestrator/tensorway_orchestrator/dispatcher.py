@@ -9,19 +9,24 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from tensorway.errors import NotFound, TensorwayError
+from tensorway.errors import FailedPrecondition, NotFound, TensorwayError
+from tensorway.generation import GenerationLimits
 from tensorway.registry.port import DESIRED, REVISIONS, Registry
 from tensorway.revisions import decode_revision
 from tensorway.signature import RevisionSpec
 from tensorway.transport.port import Exchange
-from tensorway_orchestrator import wire
+from tensorway_orchestrator import generation_wire, wire
 from tensorway_orchestrator.admission import HeldBytes
 from tensorway_orchestrator.batching import BatchLimits, ShapeRule
+from tensorway_orchestrator.generation_lane import GenerationLane
 from tensorway_orchestrator.lane import Lane
 from tensorway_orchestrator.metrics import OrchestratorMetrics
 from tensorway_orchestrator.pool import Group
+from tensorway_orchestrator.retention import Retention
 from tensorway_orchestrator.retry import RetryPolicy
 from tensorway_orchestrator.settings import OrchestratorSettings
+from tensorway_orchestrator.stream_table import StreamTable
+from tensorway_orchestrator.whole_texts import WholeTexts
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,7 +39,10 @@ class Dispatcher:
         self._metrics = metrics
         self._policy = RetryPolicy(max_attempts=settings.max_attempts)
         self._held = HeldBytes(settings.max_queue_bytes)
-        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._streams = StreamTable(
+            Retention(settings.stream_retention_s, settings.max_parked_streams, settings.max_parked_bytes), metrics
+        )
+        self._lanes: dict[tuple[str, str], Lane | GenerationLane] = {}
         #: Model -> revision that serves.
         self._serving: dict[str, str] = {}
         #: Groups seen before their revision's document.
@@ -43,19 +51,44 @@ class Dispatcher:
 
     @property
     def num_open(self) -> int:
+        """Requests that are not answered, and streams that have a reader."""
         return sum(lane.num_open for lane in self._lanes.values())
 
     def on_exchange(self, exchange: Exchange) -> None:
         """Queues one request, or answers why not. Neither blocks nor raises."""
         try:
-            envelope = wire.read_envelope(exchange.head)
-            lane = self.lane(envelope.model, envelope.revision)
+            self._offer(wire.read_envelope(exchange.head), exchange)
         except TensorwayError as error:
             exchange.fail(error)
-            return
-        lane.offer(wire.read_request(envelope, exchange, lane.rule, time.monotonic()))
 
-    def lane(self, model: str, revision: str) -> Lane:
+    def _offer(self, envelope: wire.Envelope, exchange: Exchange) -> None:
+        resume = envelope.resume
+        if resume is not None:
+            self._streams.resume(resume[0], exchange, resume[1])
+            return
+        lane = self.lane(envelope.model, envelope.revision)
+        if isinstance(lane, GenerationLane):
+            self._generate(lane, envelope, exchange)
+        elif envelope.is_generation:
+            raise FailedPrecondition(f"model {lane.spec.model!r} does not generate; use Infer", field="model")
+        else:
+            lane.offer(wire.read_request(envelope, exchange, lane.rule, time.monotonic()))
+
+    def _generate(self, lane: GenerationLane, envelope: wire.Envelope, exchange: Exchange) -> None:
+        if envelope.is_explanation:
+            raise FailedPrecondition(f"model {lane.spec.model!r} generates, which is not explained; use Generate or Infer", field="model")
+        if not envelope.is_generation:
+            WholeTexts(lane, exchange, envelope.head).start()
+            return
+        generation = generation_wire.read_generation(envelope.head, exchange.head)
+        found = self._streams.find(generation.stream_id)
+        if found is not None and found[1].log.base <= generation.next_sequence <= found[1].log.end:
+            # Only the link to this orchestrator was lost, not what it knew.
+            self._streams.resume(generation.stream_id, exchange, generation.next_sequence)
+        else:
+            lane.open(generation, exchange)
+
+    def lane(self, model: str, revision: str) -> Lane | GenerationLane:
         """The lane of a revision, or of the one that serves. Raises NotFound."""
         serving = revision or self._serving.get(model, "")
         lane = self._lanes.get((model, serving))
@@ -104,6 +137,7 @@ class Dispatcher:
     def close(self) -> None:
         for lane in self._lanes.values():
             lane.close()
+        self._streams.close()
 
     def _open_lane(self, key: str, document: bytes) -> None:
         try:
@@ -120,7 +154,9 @@ class Dispatcher:
                 del self._early[group.id]
                 lane.group_changed(group, False)
 
-    def _new_lane(self, spec: RevisionSpec) -> Lane:
+    def _new_lane(self, spec: RevisionSpec) -> Lane | GenerationLane:
+        if spec.generation is not None:
+            return self._new_generation_lane(spec, spec.generation)
         settings = self._settings
         lane = Lane(
             spec=spec,
@@ -132,6 +168,22 @@ class Dispatcher:
             held=self._held,
         )
         self._metrics.queued_rows.labels(spec.model).set_function(lambda: lane.queue.num_rows)
+        lane.start()
+        return lane
+
+    def _new_generation_lane(self, spec: RevisionSpec, limits: GenerationLimits) -> GenerationLane:
+        metrics = self._metrics
+        lane = GenerationLane(
+            spec=spec,
+            limits=limits,
+            policy=self._policy,
+            group_wait_s=self._settings.group_wait_s,
+            metrics=metrics.streams(spec.model),
+            held=self._held,
+            table=self._streams,
+        )
+        metrics.open_streams.labels(spec.model).set_function(lambda: lane.num_open)
+        metrics.waiting_choices.labels(spec.model).set_function(lambda: lane.queue.num_waiting)
         lane.start()
         return lane
 

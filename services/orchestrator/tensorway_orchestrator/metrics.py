@@ -22,9 +22,19 @@ class OrchestratorMetrics:
         self.retries = Counter("tensorway_retries", "Attempts after the first.", labels, registry=registry)
         self.lost = Counter("tensorway_lost_attempts", "Batches whose group was lost.", labels, registry=registry)
         self.queued_rows = Gauge("tensorway_queued_rows", "Rows waiting.", labels, registry=registry)
+        self.open_streams = Gauge("tensorway_open_streams", "Token streams that have a reader.", labels, registry=registry)
+        self.waiting_choices = Gauge("tensorway_waiting_choices", "Answers that wait for a place on a group.", labels, registry=registry)
+        self.parked_streams = Gauge("tensorway_parked_streams", "Token streams kept for a reader that may come back.", registry=registry)
+        self.tokens = Counter("tensorway_tokens", "Tokens that groups have said.", labels, registry=registry)
+        self.restarts = Counter("tensorway_stream_restarts", "Answers continued after their group was lost.", labels, registry=registry)
+        self.resumes = Counter("tensorway_stream_resumes", "Token streams that a reader came back to.", labels, registry=registry)
 
     def lane(self, model: str) -> LaneMetrics:
         return LaneMetrics(self, model)
+
+    def streams(self, model: str) -> StreamMetrics:
+        """Those of a model that generates."""
+        return StreamMetrics(self, model)
 
 
 class LaneMetrics:
@@ -56,3 +66,34 @@ class LaneMetrics:
 
     def lost(self) -> None:
         self._lost.inc()
+
+
+class StreamMetrics:
+    """The counters of one model that generates."""
+
+    def __init__(self, families: OrchestratorMetrics, model: str) -> None:
+        self._model = model
+        self._requests = families.requests
+        self._ok = families.requests.labels(model, "OK")
+        self._queue_s = families.queue_s.labels(model)
+        self._tokens = families.tokens.labels(model)
+        self._restarts = families.restarts.labels(model)
+        self._resumes = families.resumes.labels(model)
+
+    def answered(self) -> None:
+        self._ok.inc()
+
+    def failed(self, code: str) -> None:
+        self._requests.labels(self._model, code).inc()
+
+    def sent(self, queue_s: float) -> None:
+        self._queue_s.observe(queue_s)
+
+    def said(self, num_tokens: int) -> None:
+        self._tokens.inc(num_tokens)
+
+    def restarted(self) -> None:
+        self._restarts.inc()
+
+    def resumed(self) -> None:
+        self._resumes.inc()

@@ -9,20 +9,22 @@ from dataclasses import dataclass, field
 from google.protobuf.message import DecodeError
 
 from tensorway.deadline import DEFAULT_TIMEOUT_S, Deadline
-from tensorway.errors import InvalidRequest, TensorwayError
+from tensorway.errors import InternalError, InvalidRequest, TensorwayError
 from tensorway.signature import RevisionSpec
 from tensorway.tensors import DataType, check_num_bytes
-from tensorway.transport.port import Call, Payload, Reply, Server
+from tensorway.transport.port import Call, Payload, Reply, Server, Stream
 from tensorway.v1 import inference_pb2, link_pb2, tensor_pb2
 from tensorway_orchestrator.dispatcher import Dispatcher
+from tensorway_orchestrator.streamed_exchange import StreamedExchange
 
 INFER = "/tensorway.v1.InferenceService/Infer"
 EXPLAIN = "/tensorway.v1.InferenceService/Explain"
+GENERATE = "/tensorway.v1.InferenceService/Generate"
 _Request = inference_pb2.InferRequest | inference_pb2.ExplainRequest
 
 
 class InferenceServicer:
-    """Turns a unary call into an exchange and back."""
+    """Turns a call into an exchange and back."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -30,6 +32,7 @@ class InferenceServicer:
     def attach(self, server: Server) -> None:
         server.add_unary(INFER, self.infer)
         server.add_unary(EXPLAIN, self.explain)
+        server.add_stream(GENERATE, self.generate)
 
     async def infer(self, request_bytes: bytes, call: Call) -> bytes:
         try:
@@ -47,6 +50,29 @@ class InferenceServicer:
         head = link_pb2.RequestHead()
         head.explain.CopyFrom(request.options)
         return await self._run(request, head, call)
+
+    async def generate(self, stream: Stream) -> None:
+        """One message in, the stream of a generation out."""
+        try:
+            request = inference_pb2.GenerateRequest.FromString(await stream.read() or b"")
+        except DecodeError as error:
+            raise InvalidRequest("the message is not a GenerateRequest", field="request") from error
+        head = link_pb2.RequestHead(
+            request_id=request.request_id, model=request.model, revision=request.revision, rows=1, priority=request.priority,
+            generate=request,
+        )
+        exchange = StreamedExchange(head.SerializeToString(), stream.deadline or Deadline.after(self._default_timeout_s(request)))
+        stream.on_cancel(exchange.cancel)
+        self._dispatcher.on_exchange(exchange)
+        try:
+            await exchange.relay(stream)
+        finally:
+            exchange.cancel()
+
+    def _default_timeout_s(self, request: inference_pb2.GenerateRequest) -> float:
+        if request.WhichOneof("prompt") == "resume":
+            return DEFAULT_TIMEOUT_S
+        return self._dispatcher.lane(request.model, request.revision).spec.default_timeout_s or DEFAULT_TIMEOUT_S
 
     async def _run(self, request: _Request, head: link_pb2.RequestHead, call: Call) -> bytes:
         """An InferResponse; an ExplainResponse has the same fields."""
@@ -69,6 +95,17 @@ class UnaryExchange:
     deadline: Deadline
     outcome: asyncio.Future[Reply] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     _on_cancel: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def credit(self) -> int:
+        """See `tensorway.transport.port.Exchange`: an answer in one piece takes no tokens."""
+        return 0
+
+    def push(self, head: bytes) -> None:
+        raise InternalError("a token is pushed to a unary call")
+
+    def on_credit(self, callback: Callable[[], None]) -> None:
+        """Never comes."""
 
     def reply(self, head: bytes, payload: Payload) -> None:
         if not self.outcome.done():

@@ -16,3 +16,10 @@ class OrchestratorSettings(ServiceSettings):
     max_queue_bytes: int = Field(2 * 1024**3, ge=1, description="Most tensor bytes held here before RESOURCE_EXHAUSTED.")
     max_attempts: int = Field(3, ge=1, description="Most attempts for one request, the first included.")
     group_wait_s: float = Field(10.0, ge=0, description="Seconds that requests wait while no group of their model lives.")
+    stream_retention_s: float = Field(
+        60.0, ge=0, description="Seconds that a token stream can be resumed after its client has gone, or after it ended."
+    )
+    max_parked_streams: int = Field(10_000, ge=0, description="Most token streams kept for clients that may come back.")
+    max_parked_bytes: int = Field(
+        256 * 1024**2, ge=0, description="Most memory of the token streams kept for clients that may come back; the oldest make room."
+    )

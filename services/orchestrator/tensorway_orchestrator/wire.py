@@ -29,6 +29,22 @@ class Envelope:
     revision: str
     head: link_pb2.RequestHead
 
+    @property
+    def is_generation(self) -> bool:
+        return self.head.HasField("generate")
+
+    @property
+    def is_explanation(self) -> bool:
+        return self.head.HasField("explain")
+
+    @property
+    def resume(self) -> tuple[str, int] | None:
+        """Of a generation that was begun before: the stream's id, and the number of the next message; else None."""
+        if not self.is_generation or self.head.generate.WhichOneof("prompt") != "resume":
+            return None
+        wanted = self.head.generate.resume
+        return wanted.stream_id, wanted.next_sequence
+
 
 def read_envelope(head: bytes) -> Envelope:
     """Raises InvalidRequest where `head` is no RequestHead."""
@@ -43,7 +59,7 @@ def read_request(envelope: Envelope, exchange: Exchange, rule: ShapeRule, now_s:
     """The request as the queue holds it."""
     message = envelope.head
     key: tuple[int, ...] = ()
-    is_explanation = message.HasField("explain")
+    is_explanation = envelope.is_explanation
     if is_explanation:
         # A key like no other: nothing is joined with it.
         key = (-1, next(_EXPLANATIONS))

@@ -10,9 +10,14 @@ from tensorway.compat import grpc_service_pb2
 from tensorway.tensors import ITEM_SIZE, DataType, encode_bytes
 from tensorway.v1 import inference_pb2, tensor_pb2
 from tests.contract.gateway.scripted import SPECS
+from tests.contract.gateway.streaming import TALKER
 
 NATIVE = "/tensorway.v1.InferenceService/Infer"
 OIP = "/inference.GRPCInferenceService/ModelInfer"
+GENERATE = "/tensorway.v1.InferenceService/Generate"
+OIP_STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
+#: The models behind the door: the ordinary ones, and one that generates.
+DOOR_SPECS = (*SPECS, TALKER)
 
 
 def _raw(dtype: DataType, shape: Sequence[int]) -> bytes:
@@ -51,7 +56,34 @@ def _valid_messages() -> dict[str, list[bytes]]:
     typed.inputs.add(name="flag", datatype="BOOL").contents.bool_contents.append(True)
     words = request(model_name="words")
     words.inputs.add(name="text", datatype="BYTES", shape=[2]).contents.bytes_contents.extend([b"ab", b""])
-    return {NATIVE: native, OIP: [*second, typed.SerializeToString(), words.SerializeToString()]}
+    second += [typed.SerializeToString(), words.SerializeToString()]
+    return {NATIVE: native, OIP: second, GENERATE: _valid_generations(), OIP_STREAM: [*second, *_valid_pieces()]}
+
+
+def _valid_generations() -> list[bytes]:
+    generate = inference_pb2.GenerateRequest
+    messages = [inference_pb2.ChatMessage(role="system", content="be brief"), inference_pb2.ChatMessage(role="user", content="hi")]
+    sampling = inference_pb2.Sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2, seed=3)
+    stop = inference_pb2.Stop(max_tokens=9, min_tokens=2, strings=["END", "\n\n"], token_ids=[1, 2], ignore_eos=True)
+    return [
+        item.SerializeToString()
+        for item in (
+            generate(model="talker", text="Once upon a time", sampling=sampling, stop=stop, priority=3, num_choices=2, echo=True),
+            generate(model="talker", token_ids=inference_pb2.TokenIds(ids=[1, 2, 3]), num_top_logprobs=3, request_id="id"),
+            generate(model="talker", chat=inference_pb2.Chat(messages=messages), revision=TALKER.revision[:8]),
+            generate(resume=inference_pb2.Resume(stream_id="stream-1", next_sequence=4), request_id="id"),
+        )
+    ]
+
+
+def _valid_pieces() -> list[bytes]:
+    request = grpc_service_pb2.ModelInferRequest(model_name="talker", id="id", raw_input_contents=[encode_bytes([b"hello"])])
+    request.inputs.add(name="text", datatype="BYTES", shape=[1])
+    request.parameters["temperature"].double_param = 0.5
+    request.parameters["max_tokens"].int64_param = 3
+    typed = grpc_service_pb2.ModelInferRequest(model_name="talker")
+    typed.inputs.add(name="text", datatype="BYTES", shape=[1, 1]).contents.bytes_contents.append(b"hello")
+    return [request.SerializeToString(), typed.SerializeToString()]
 
 
 def mutate(message: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
@@ -83,7 +115,9 @@ _EXTENTS = (0, 1, 2, 2, 2, 3, 4, 8, 9, -1, 2**31, 2**62, -(2**63))
 
 def forge(method: str, rng: random.Random) -> bytes:
     """A message that always parses: right and wrong names, types, shapes and bytes in any mixture."""
-    item = rng.choice(SPECS)
+    if method == GENERATE:
+        return _forge_generation(rng)
+    item = rng.choice(DOOR_SPECS if method == OIP_STREAM else SPECS)
     tensors = []
     for wanted in rng.choices(item.signature.inputs, k=rng.choice((1, 1, 3, 4))) if rng.random() < 0.2 else item.signature.inputs:
         shape = [rng.choice(_EXTENTS) if rng.random() < 0.1 else 2 if isinstance(extent, str) else extent for extent in wanted.shape]
@@ -99,6 +133,29 @@ def forge(method: str, rng: random.Random) -> bytes:
     if method == NATIVE:
         return _forge_native(model, revision, tensors, names, rng)
     return _forge_oip(model, revision, tensors, names, rng)
+
+
+def _forge_generation(rng: random.Random) -> bytes:
+    def some(*values: object) -> object:
+        return rng.choice(values)
+
+    message = inference_pb2.GenerateRequest.FromString(rng.choice(VALID[GENERATE]))
+    for _ in range(rng.choice((0, 1, 1, 2, 3))):
+        part, name, value = rng.choice((
+            ("", "model", some("", "nope", "echo", "talker")), ("", "revision", some("", "1", TALKER.revision)), ("", "text", some("", "x")),
+            ("", "request_id", some("", "\u2603" * 200, "i" * 600)), ("", "num_choices", some(0, 1, 64, 65, 2**32 - 1)),
+            ("", "num_top_logprobs", some(0, 20, 21)), ("", "priority", some(0, 100, -101)),
+            ("sampling", "temperature", some(0.0, 100.0, 101.0, -1.0, float("nan"))), ("sampling", "top_p", some(0.0, 1.0, float("inf"))),
+            ("sampling", "min_p", some(1.0, 1.5)), ("sampling", "repetition_penalty", some(0.0, 100.0, -1.0)),
+            ("stop", "max_tokens", some(0, 1, 2**32 - 1)), ("stop", "min_tokens", some(0, 5, 2**32 - 1)),
+            ("resume", "stream_id", some("", "s", "s" * 600)), ("resume", "next_sequence", some(0, 2**64 - 1)),
+        ))
+        setattr(getattr(message, part) if part else message, name, value)
+    if rng.random() < 0.1:
+        message.stop.strings.extend(rng.choice((["x"] * 15, [""], ["y" * 257])))
+    if rng.random() < 0.05:
+        message.chat.messages.add(role=rng.choice(("", "user")))
+    return message.SerializeToString()
 
 
 Forged = list[tuple[str, DataType, list[int], bytes]]

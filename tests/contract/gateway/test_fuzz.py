@@ -18,12 +18,13 @@ from tensorway.errors import TensorwayError
 from tensorway.transport import AsyncChannel
 from tensorway.v1 import inference_pb2, model_pb2
 from tensorway_gateway.lifting import lift_raw_contents, lift_tensors
-from tensorway_gateway.servicers import inference, oip
+from tensorway_gateway.servicers import inference, oip, oip_stream
 from tests.contract.gateway.door import Door
-from tests.contract.gateway.forging import NATIVE, OIP, VALID, forge, mutate
+from tests.contract.gateway.forging import GENERATE, NATIVE, OIP, OIP_STREAM, VALID, forge, mutate
 from tests.contract.gateway.scripted import running_mesh
 
 CASES_PER_EXAMPLE = 250
+METHODS = (NATIVE, OIP, GENERATE, OIP_STREAM)
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,11 @@ def door() -> Iterator[Door]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "lift_tensors", partial(lift_tensors, threshold_bytes=3))
         patch.setattr(oip, "lift_raw_contents", partial(lift_raw_contents, threshold_bytes=3))
+        patch.setattr(oip_stream, "lift_raw_contents", partial(lift_raw_contents, threshold_bytes=3))
         yield Door()
 
 
-@pytest.mark.parametrize("method", [NATIVE, OIP])
+@pytest.mark.parametrize("method", METHODS)
 def test_valid_requests_pass(door: Door, method: str) -> None:
     for message in VALID[method]:
         assert asyncio.run(door.call(method, message)) == "OK"
@@ -44,7 +46,7 @@ def test_valid_requests_pass(door: Door, method: str) -> None:
 _FUZZ = settings(max_examples=240, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
-@pytest.mark.parametrize("method", [NATIVE, OIP])
+@pytest.mark.parametrize("method", METHODS)
 @given(seed=st.integers(0, 2**63 - 1))
 @_FUZZ
 def test_wounded_requests_are_the_callers_fault_or_fine(door: Door, method: str, seed: int) -> None:
@@ -58,7 +60,7 @@ def test_wounded_requests_are_the_callers_fault_or_fine(door: Door, method: str,
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("method", [NATIVE, OIP])
+@pytest.mark.parametrize("method", METHODS)
 @given(seed=st.integers(0, 2**63 - 1))
 @_FUZZ
 def test_forged_requests_are_the_callers_fault_or_fine(door: Door, method: str, seed: int) -> None:
@@ -79,7 +81,7 @@ def test_noise_at_every_rpc_is_the_callers_fault_or_fine(door: Door, message: by
     rng = random.Random(seed)
 
     async def run() -> None:
-        for method in door.handlers:
+        for method in (*door.handlers, *door.streams):
             await door.call(method, message)
             for _ in range(6):
                 await door.call(method, rng.randbytes(rng.randint(0, 64)))
@@ -95,12 +97,15 @@ def test_the_fuzz_reaches_both_sides_of_the_door(door: Door) -> None:
         messages = [forge(method, rng) if is_forged else mutate(rng.choice(VALID[method]), VALID[method], rng) for _ in range(2000)]
         return Counter([await door.call(method, message) for message in messages])
 
-    for method in (NATIVE, OIP):
+    for method in METHODS:
         for is_forged in (False, True):
             found = asyncio.run(run(method, is_forged))
             assert found["OK"] > 50
-            assert found["INVALID_ARGUMENT"] > 500
-            assert found["NOT_FOUND"] > 5
+            if method == OIP_STREAM:
+                assert found["TOLD"] > 500
+            else:
+                assert found["INVALID_ARGUMENT"] > 500
+                assert found["NOT_FOUND"] > 5
 
 
 @pytest.mark.parametrize("implementation", ["completion-queue", "aio"])
@@ -133,8 +138,8 @@ async def _status(channel: AsyncChannel, method: str, message: bytes) -> str:
 
 def test_every_rpc_of_both_dialects_is_answered(door: Door) -> None:
     dialect = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-    wanted = {f"/{dialect.full_name}/{method.name}" for method in dialect.methods} - {f"/{dialect.full_name}/ModelStreamInfer"}
+    wanted = {f"/{dialect.full_name}/{method.name}" for method in dialect.methods}
     for module in (inference_pb2, model_pb2):
         for service in module.DESCRIPTOR.services_by_name.values():
             wanted |= {f"/{service.full_name}/{method.name}" for method in service.methods}
-    assert wanted <= door.handlers.keys()
+    assert wanted <= door.handlers.keys() | door.streams.keys()

@@ -269,7 +269,7 @@ async def test_what_is_not_served_says_what_to_use(tmp_path: Path) -> None:
         for rpc, says in (
             ("RepositoryModelLoad", "--models-dir"), ("SystemSharedMemoryRegister", "in the message"),
             ("CudaSharedMemoryStatus", "in the message"),
-            ("TraceSetting", "tensorway-timing"), ("LogSettings", "--log-level"), ("ModelStreamInfer", "use ModelInfer"),
+            ("TraceSetting", "tensorway-timing"), ("LogSettings", "--log-level"),
         ):
             with pytest.raises(Unimplemented, match=re.escape(says)):
                 await call(rpc)

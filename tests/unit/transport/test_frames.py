@@ -21,6 +21,7 @@ from tensorway.transport.frames import (
     MORE,
     REQUEST,
     RESPONSE,
+    TOKEN,
     Frame,
     decode_message,
     message_prefix,
@@ -95,11 +96,32 @@ def test_one_flipped_byte_never_escapes_the_message(data: st.DataObject) -> None
         message(frame(RESPONSE, value=1)),
         message(HEADER.pack(REQUEST, 0, 0, 1, 2**32 - 1, 2**32 - 1, 0)),
         message(frame(REQUEST, body=b"x")[:-1]),
+        message(frame(TOKEN, head=b"h", body=b"x")),
+        message(frame(TOKEN, head=b"h", value=1)),
+        message(frame(TOKEN, head=b"h", flags=MORE)),
+        message(frame(CREDIT)),
+        message(frame(CREDIT, head=b"h", value=1)),
+        message(frame(CREDIT, body=b"x", value=1)),
+        message(frame(CREDIT, flags=MORE, value=1)),
     ],
 )
 def test_each_broken_layout_is_refused(hostile: bytes) -> None:
     with pytest.raises(InvalidRequest, match="not a link's message"):
         list(decode_message(hostile))
+
+
+_tokens = st.tuples(st.just(TOKEN), _ids, st.binary(max_size=50), st.just(0))
+_credits = st.tuples(st.just(CREDIT), _ids, st.just(b""), st.integers(1, 2**64 - 1))
+
+
+@given(st.lists(_tokens | _credits, min_size=1, max_size=30))
+def test_tokens_and_credit_are_decoded_in_order(offers: list[tuple[int, int, bytes, int]]) -> None:
+    outbox = Outbox()
+    for kind, id, head, value in offers:
+        outbox.offer(kind, id, head, value=value)
+    decoded = [(found.kind, found.id, found.head, found.value) for found in decode_message(outbox.take() or b"")]
+    assert decoded == offers
+    assert outbox.num_bytes == 0
 
 
 def test_an_empty_message_holds_no_frames_and_a_body_is_not_copied() -> None:
@@ -169,6 +191,33 @@ def test_withdrawing_tells_what_the_peer_has_heard() -> None:
     assert outbox.withdraw(2) is Progress.LEFT
     assert outbox.num_bytes == 0
     assert outbox.take() is None
+
+
+def test_withdrawn_tokens_and_credit_say_nothing_of_the_request_beside_them() -> None:
+    outbox = Outbox()
+    outbox.offer(CREDIT, 1, value=4)
+    assert outbox.withdraw(1) is Progress.LEFT
+    outbox.offer(REQUEST, 1, b"", (b"small",))
+    outbox.offer(CREDIT, 1, value=4)
+    assert outbox.withdraw(1) is Progress.UNSENT
+    for kind, payload in ((TOKEN, ()), (RESPONSE, (bytes(3 * CHUNK_BYTES),))):
+        outbox.offer(kind, 2, b"", payload)
+    outbox.take()
+    outbox.offer(TOKEN, 2, b"late")
+    assert outbox.withdraw(2) is Progress.PARTIAL
+    assert outbox.num_bytes == 0
+    assert outbox.take() is None
+
+
+def test_a_reply_never_overtakes_the_tokens_before_it() -> None:
+    outbox = Outbox()
+    for _ in range(100):
+        outbox.offer(TOKEN, 1, bytes(50_000))
+    outbox.offer(RESPONSE, 1, b"", (bytes(3 * CHUNK_BYTES),))
+    kinds: list[int] = []
+    while (packed := outbox.take()) is not None:
+        kinds += [found.kind for found in decode_message(packed)]
+    assert kinds == [TOKEN] * 100 + [RESPONSE, CHUNK, CHUNK]
 
 
 def _chunk(id: int, size: int, has_more: bool, kind: int = CHUNK) -> Frame:

@@ -21,7 +21,9 @@ from tensorway_gateway.servicers.oip_tensors import oip_field, read_inputs, refu
 
 SERVICE: Final = "inference.GRPCInferenceService"
 #: Tag of `ModelInferResponse.raw_output_contents`, field 6 with a length.
-_RAW_OUTPUT_TAG: Final = b"\x32"
+RAW_OUTPUT_TAG: Final = b"\x32"
+#: Parameter of every response on a stream: whether it is the last to its request.
+FINAL_RESPONSE: Final = "triton_final_response"
 _MAX_INT64: Final = 2**63 - 1
 _SEQUENCE: Final = ("sequence_id", "sequence_start", "sequence_end")
 #: Said to other servers of this protocol, meaningless here, and not meant for the model.
@@ -45,23 +47,42 @@ class OipServicer:
             request = grpc_service_pb2.ModelInferRequest.FromString(message)
         except DecodeError as error:
             raise InvalidRequest("the message is no ModelInferRequest", field="request") from error
-        return _write(await self._path.run(self._read(request, lifted, arrived_s), call), request)
+        arrival = read_arrival(request, lifted, self._path.request_id(request.id), arrived_s)
+        return write_response(await self._path.run(arrival, call), request)
 
-    def _read(self, request: grpc_service_pb2.ModelInferRequest, lifted: Mapping[int, Buffer], arrived_s: float) -> Arrival:
-        inputs = read_inputs(request, lifted)
-        if len(request.outputs) > MAX_NUM_ITEMS:
-            raise InvalidRequest(f"outputs: {len(request.outputs)} are more than {MAX_NUM_ITEMS}", field="outputs")
-        for output in request.outputs:
-            if output.parameters:
-                refuse_unserved_parameters(f"output {output.name!r}", output.parameters)
-        parameters = _read_parameters(request.parameters) if request.parameters else {}
-        return Arrival(
-            model=request.model_name, revision=request.model_version, is_version=True, request_id=self._path.request_id(request.id),
-            inputs=inputs, output_names=tuple([output.name for output in request.outputs]),
-            parameters={name: value for name, value in parameters.items() if _is_for_model(name)},
-            priority=_priority(parameters), timeout_s=_timeout_s(parameters), num_bytes=sum([len(tensor.data) for tensor in inputs]),
-            arrived_s=arrived_s, field_path=oip_field,
-        )
+
+def read_arrival(
+    request: grpc_service_pb2.ModelInferRequest, lifted: Mapping[int, Buffer], request_id: str, arrived_s: float
+) -> Arrival:
+    """One inference request; `lifted` as in `read_inputs`. Raises InvalidRequest or Unimplemented, naming what is wrong."""
+    inputs = read_inputs(request, lifted)
+    check_outputs(request)
+    parameters = read_own_parameters(request)
+    return Arrival(
+        model=request.model_name, revision=request.model_version, is_version=True, request_id=request_id,
+        inputs=inputs, output_names=tuple([output.name for output in request.outputs]),
+        parameters=for_model(parameters), priority=priority(parameters), timeout_s=timeout_s(parameters),
+        num_bytes=sum([len(tensor.data) for tensor in inputs]), arrived_s=arrived_s, field_path=oip_field,
+    )
+
+
+def check_outputs(request: grpc_service_pb2.ModelInferRequest) -> None:
+    """Raises InvalidRequest for too many requested outputs, Unimplemented for what is not served of them."""
+    if len(request.outputs) > MAX_NUM_ITEMS:
+        raise InvalidRequest(f"outputs: {len(request.outputs)} are more than {MAX_NUM_ITEMS}", field="outputs")
+    for output in request.outputs:
+        if output.parameters:
+            refuse_unserved_parameters(f"output {output.name!r}", output.parameters)
+
+
+def read_own_parameters(request: grpc_service_pb2.ModelInferRequest) -> dict[str, Value]:
+    """All parameters of the request. Raises InvalidRequest for one without a value, too large a number, or a sequence."""
+    return _read_parameters(request.parameters) if request.parameters else {}
+
+
+def for_model(parameters: Mapping[str, Value]) -> dict[str, Value]:
+    """Those that the protocol does not keep for itself."""
+    return {name: value for name, value in parameters.items() if name not in _NOT_FOR_MODELS and not name.startswith("triton_")}
 
 
 def _read_parameters(parameters: Mapping[str, grpc_service_pb2.InferParameter]) -> dict[str, Value]:
@@ -83,10 +104,6 @@ def _read_parameters(parameters: Mapping[str, grpc_service_pb2.InferParameter]) 
     return found
 
 
-def _is_for_model(name: str) -> bool:
-    return name not in _NOT_FOR_MODELS and not name.startswith("triton_")
-
-
 def _whole(parameters: Mapping[str, Value], name: str) -> int:
     value = parameters.get(name, 0)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -94,19 +111,19 @@ def _whole(parameters: Mapping[str, Value], name: str) -> int:
     return value
 
 
-def _priority(parameters: Mapping[str, Value]) -> int:
+def priority(parameters: Mapping[str, Value]) -> int:
     """The protocol counts 1, 2, 3… from the highest down, and 0 is the default; ours go from 100 down to -100 with 0 in the middle."""
     level = _whole(parameters, "priority")
     return 0 if level == 0 else max(MIN_PRIORITY, MAX_PRIORITY + 1 - level)
 
 
-def _timeout_s(parameters: Mapping[str, Value]) -> float | None:
+def timeout_s(parameters: Mapping[str, Value]) -> float | None:
     """`timeout` is in microseconds; 0 and unset mean none."""
     timeout_us = _whole(parameters, "timeout")
     return timeout_us / 1e6 if timeout_us else None
 
 
-def _write(answered: Answered, request: grpc_service_pb2.ModelInferRequest) -> bytes:
+def write_response(answered: Answered, request: grpc_service_pb2.ModelInferRequest, *, is_last_of_stream: bool = False) -> bytes:
     """A serialised ModelInferResponse. Raw contents are framed by hand, so that their bytes are copied once, into the message."""
     answer = answered.answer
     tensor = grpc_service_pb2.ModelInferResponse.InferOutputTensor
@@ -115,7 +132,9 @@ def _write(answered: Answered, request: grpc_service_pb2.ModelInferRequest) -> b
         outputs=[tensor(name=head.name, datatype=head.dtype.name, shape=head.shape) for head in answer.outputs],
     )
     write_parameters(answer.parameters, response.parameters, "param")
+    if is_last_of_stream:
+        response.parameters[FINAL_RESPONSE].bool_param = True
     parts: list[bytes | memoryview] = [response.SerializeToString()]
     for head, content in zip(answer.outputs, answer.contents, strict=True):
-        parts += (_RAW_OUTPUT_TAG, varint(head.num_bytes), *content)
+        parts += (RAW_OUTPUT_TAG, varint(head.num_bytes), *content)
     return b"".join(parts)

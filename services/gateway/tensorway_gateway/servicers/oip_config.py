@@ -69,7 +69,7 @@ def write_config(model: Model, revision: Revision) -> config.ModelConfig:
             for item in spec.signature.outputs
         ],
         instance_group=[config.ModelInstanceGroup(name=spec.model, count=model.num_replicas, kind=config.ModelInstanceGroup.KIND_AUTO)],
-        model_transaction_policy=config.ModelTransactionPolicy(decoupled=False),
+        model_transaction_policy=config.ModelTransactionPolicy(decoupled=spec.generation is not None),
     )
     written.parameters["revision"].string_value = spec.revision
     written.parameters["engine"].string_value = spec.engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, NoReturn
 
 from tensorway.errors import Unimplemented
-from tensorway.transport.port import Call, Server, Stream
+from tensorway.transport.port import Call, Server
 from tensorway_gateway.servicers.oip import SERVICE
 
 _LOADING: Final = (
@@ -24,14 +24,12 @@ _INSTEAD: Final = {
     "TraceSetting": "tracing is configured when the services start, not by RPC; read the tensorway-timing trailer for one request's times",
     "LogSettings": "logging is configured when the services start; set --log-level or TENSORWAY_LOG_LEVEL",
 }
-_STREAM: Final = "streams are not served here; use ModelInfer, which may be called many times at once on one connection"
 
 
 def attach_unserved(server: Server) -> None:
     """Adds an UNIMPLEMENTED answer for each of them."""
     for rpc, instead in _INSTEAD.items():
         _refuse(server, rpc, instead)
-    server.add_stream(f"/{SERVICE}/ModelStreamInfer", _refuse_stream)
 
 
 def _refuse(server: Server, rpc: str, instead: str) -> None:
@@ -39,7 +37,3 @@ def _refuse(server: Server, rpc: str, instead: str) -> None:
         raise Unimplemented(f"{rpc}: {instead}")
 
     server.add_unary(f"/{SERVICE}/{rpc}", refuse)
-
-
-async def _refuse_stream(stream: Stream) -> None:
-    raise Unimplemented(f"ModelStreamInfer: {_STREAM}")

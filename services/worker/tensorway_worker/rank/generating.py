@@ -17,12 +17,13 @@ from typing import Final
 
 import torch
 
-from tensorway.deadline import DEFAULT_TIMEOUT_S, Deadline
+from tensorway.deadline import Deadline
 from tensorway.errors import FailedPrecondition, Overloaded, TensorwayError, Unavailable, as_tensorway_error
 from tensorway.generation import GenerationYaml
 from tensorway.model import Inputs, Outputs
 from tensorway.model_directory import ModelDirectory
-from tensorway.transport.port import Call, Exchange
+from tensorway.transport.port import Call, Exchange, Server, Stream
+from tensorway.transport.streamed_exchange import StreamedExchange
 from tensorway_worker.engines.generation.answer import Advance
 from tensorway_worker.engines.generation.blocks import BlockPool
 from tensorway_worker.engines.generation.engine import GenerationEngine
@@ -34,10 +35,12 @@ from tensorway_worker.engines.port import model_error
 from tensorway_worker.rank.executor import Executor
 from tensorway_worker.rank.generation_wire import Asked, PromptDelta, delta_bytes, finished_bytes, joined, read_asked, read_attempt
 from tensorway_worker.rank.group import LinkedGroup
+from tensorway_worker.rank.leader import EXPLAIN, INFER
 from tensorway_worker.rank.solo import SoloGroup
 from tensorway_worker.rank.step import is_fatal
 
 _LOG = logging.getLogger(__name__)
+GENERATE: Final = "/tensorway.v1.InferenceService/Generate"
 #: What a refused answer is told to wait before the first step has been measured, seconds.
 _RETRY_AFTER_S: Final = 0.05
 #: Every orchestrator keeps at most `max_sequences` answers here; this many times as many are accepted.
@@ -96,12 +99,20 @@ class Generations:
             _LOG.exception("a generation could not be read")
             exchange.fail(as_tensorway_error(error))
 
-    def accept_call(self, message: bytes, exchange: Exchange) -> None:
-        """One GenerateRequest that came as a call of its own, for debugging. Raises what is wrong with it."""
-        self._accept(read_asked(message, self._directory.spec), exchange)
+    def attach(self, server: Server) -> None:
+        """Adds Generate, for calls to this leader alone; Infer and Explain say that they are not for it."""
+        server.add_stream(GENERATE, self._called)
+        server.add_unary(INFER, self._refuse)
+        server.add_unary(EXPLAIN, self._refuse)
 
-    async def refuse(self, message: bytes, call: Call) -> bytes:
-        """`Infer` and `Explain` of this leader."""
+    async def _called(self, stream: Stream) -> None:
+        message = await stream.read()
+        exchange = StreamedExchange(b"", stream.deadline or Deadline.after(self._directory.spec.default_timeout_s))
+        stream.on_cancel(exchange.cancel)
+        self._accept(read_asked(message or b"", self._directory.spec), exchange)
+        await exchange.relay(stream)
+
+    async def _refuse(self, message: bytes, call: Call) -> bytes:
         raise FailedPrecondition(
             f"this group of {self._directory.yaml.name} generates tokens: call Generate here, or Infer at the gateway", field="model"
         )
@@ -116,8 +127,7 @@ class Generations:
         stream = _Stream(exchange, self.generator, self._closed)
         exchange.on_cancel(stream.cancel)
         exchange.on_credit(stream.flush)
-        deadline = exchange.deadline or Deadline.after(DEFAULT_TIMEOUT_S)
-        work = partial(asked.read, self.text, self._yaml, self._engine.dimensions.max_context, deadline.at_s)
+        work = partial(asked.read, self.text, self._yaml, self._engine.dimensions.max_context, exchange.deadline.at_s)
         self._staging.submit(work).add_done_callback(partial(self._staged, stream))
 
     def _staged(self, stream: _Stream, work: Future[tuple[GenerationRequest, PromptDelta | None]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from tensorway.errors import FailedPrecondition
 from tensorway.model_directory import ModelDirectory
 from tensorway_worker.engines.port import Engine
 from tensorway_worker.rank.codec import Codec
@@ -28,8 +29,11 @@ def service_of(
     """The service of a leader whose group is ready. In the loop."""
     if directory.yaml.generation is not None:
         # Only here: it brings the libraries of its engine.
+        from tensorway_worker.engines.generation.engine import GenerationEngine
         from tensorway_worker.rank.generating import Generations
 
+        if not isinstance(engine, GenerationEngine):
+            raise FailedPrecondition(f"engine {directory.yaml.engine} generates no tokens", field="generation")
         return Generations(directory, engine, group, executor, launch.epoch)
     codec = Codec(launch.model, launch.revision, Layouts(directory.spec.signature, runner.padding), runner.rules.check_names)
     return Leader(

@@ -28,8 +28,6 @@ from tensorway_worker.engines.transformers import TransformersEngine
 _CACHED_LAYERS: Final = frozenset({"full_attention", "sliding_attention"})
 #: Of a model that does not say how many tokens it was made for.
 _DEFAULT_CONTEXT: Final = 2048
-#: Most likely tokens that an example asks for.
-_EXAMPLE_TOP: Final = 5
 #: Answers in the step whose time is shared out among stages, and their tokens so far.
 _SIZED_ROWS: Final = 16
 _SIZED_LENGTH: Final = 64
@@ -95,9 +93,16 @@ class GenerationEngine(TransformersEngine):
         return replace(uncut, sized_example=self._made_up(rows or _SIZED_ROWS, _SIZED_LENGTH, 1))
 
     def _example(self, rows: int, length: int) -> Inputs:
-        """So many prompts, each of them in one piece, with one draw after it."""
+        """So many prompts, each of them in one piece, with one draw after it.
+
+        Only one token may be drawn: what is compared with another's step is its probability, and two tokens that are nearly as likely make
+        no difference.
+        """
         size = min(length, self.dimensions.max_context - 1)
-        return self._made_up(rows, size, size)
+        carry = self._made_up(rows, size, size)
+        others = range(1, self.dimensions.vocabulary)
+        draws: list[RowToDraw] = [(Sampling(), size, others, (), 0) for _ in range(len(cast("torch.Tensor", carry[DRAWING])))]
+        return {**carry, **cast("Inputs", SamplingRows.of(draws).to_tensors())}
 
     def _made_up(self, rows: int, size: int, count: int) -> Inputs:
         """The last `count` tokens of each of `rows` sequences of `size` tokens, and a draw after it."""
@@ -112,7 +117,7 @@ class GenerationEngine(TransformersEngine):
             )
             for row in range(rows)
         ]
-        draws: list[RowToDraw] = [(Sampling(), size, (), (), _EXAMPLE_TOP) for _ in sequences]
+        draws: list[RowToDraw] = [(Sampling(), size, (), (), None) for _ in sequences]
         carry = carried([Row(one, size - count, count) for one in sequences])
         return {**carry, **cast("Inputs", SamplingRows.of(draws).to_tensors())}
 

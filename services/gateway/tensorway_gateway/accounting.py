@@ -1,0 +1,73 @@
+"""Counts what became of each request, the same for every path through the gateway."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Protocol
+
+from tensorway.errors import Status, TensorwayError
+from tensorway_gateway.models import Model, Revision
+from tensorway_gateway.requests import Timing
+from tensorway_gateway.statistics import Statistics
+
+_LOG = logging.getLogger(__name__)
+
+
+class Arrived(Protocol):
+    """What is counted of a request."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def request_id(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def arrived_s(self) -> float: ...
+
+
+class Accounting:
+    """Each finished request is told to exactly one of the methods."""
+
+    __slots__ = ("_statistics",)
+
+    def __init__(self, statistics: Statistics) -> None:
+        self._statistics = statistics
+
+    def answered(self, arrival: Arrived, revision: Revision, rows: int, timing: Timing) -> float:
+        """A request that was answered at once; returns the seconds it took."""
+        took_s, spec = time.monotonic() - arrival.arrived_s, revision.spec
+        self._statistics.revision(spec.model, spec.revision).succeed(rows, timing, took_s, time.time())
+        self._statistics.count(spec.model, Status.OK, arrival.num_bytes, took_s)
+        return took_s
+
+    def streamed(self, arrival: Arrived, revision: Revision | None) -> None:
+        """A stream that came to its end. `revision` is None for one that was resumed: its model is not known here."""
+        if revision is None:
+            self._statistics.unknown[Status.OK] += 1
+            return
+        took_s, spec = time.monotonic() - arrival.arrived_s, revision.spec
+        self._statistics.revision(spec.model, spec.revision).succeed_stream(took_s, time.time())
+        self._statistics.count(spec.model, Status.OK, arrival.num_bytes, took_s)
+
+    def relayed(self, revision: Revision | None, num_messages: int, first_delta_s: float | None) -> None:
+        """What a stream sent to its client, whether or not it came to its end; `first_delta_s` is None where there was no delta."""
+        if revision is not None:
+            self._statistics.relay(revision.spec.model, num_messages, first_delta_s)
+
+    def failed(self, arrival: Arrived, model: Model | None, revision: Revision | None, error: TensorwayError) -> None:
+        """A request that ended in `error`, and how far it got."""
+        took_s = time.monotonic() - arrival.arrived_s
+        if model is None:
+            self._statistics.unknown[error.status] += 1
+        else:
+            self._statistics.count(model.name, error.status, arrival.num_bytes, took_s)
+        if revision is not None:
+            self._statistics.revision(revision.spec.model, revision.spec.revision).fail(took_s, time.time())
+        if _LOG.isEnabledFor(logging.DEBUG):
+            fields = {"request_id": arrival.request_id, "model": arrival.model, "status": error.status.name}
+            _LOG.debug("request failed: %s", error, extra={"fields": fields})

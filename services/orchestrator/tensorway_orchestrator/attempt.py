@@ -1,0 +1,63 @@
+"""One choice on one group, from its sending to its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tensorway.errors import TensorwayError
+from tensorway.transport.port import Payload
+from tensorway_orchestrator.pool import Group, SentBatch
+from tensorway_orchestrator.streams import Choice
+
+
+class AttemptListener(Protocol):
+    """The lane, which decides what follows."""
+
+    def token(self, attempt: Attempt, head: bytes) -> None:
+        """The group has said something."""
+
+    def ended(self, attempt: Attempt, error: TensorwayError | None) -> None:
+        """The group has answered, or was lost. The attempt's place is free."""
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """See `tensorway.transport.port.TokenSink`. Holds one of its group's places until it is over."""
+
+    listener: AttemptListener
+    group: Group
+    choice: Choice
+    sent_s: float
+    deadline_s: float
+    batch: SentBatch = field(init=False)
+    link_id: int = -1
+    #: Whether it brought a token.
+    has_progressed: bool = False
+    is_over: bool = False
+
+    def __post_init__(self) -> None:
+        self.batch = self.group.begin(1, self.sent_s)
+
+    def on_token(self, head: bytes) -> None:
+        # At once: what has come is kept here, and is bounded by the length of the answer.
+        self.group.link.grant(self.link_id, 1)
+        self.listener.token(self, head)
+
+    def on_reply(self, head: bytes, payload: Payload) -> None:
+        self._end()
+        self.listener.ended(self, None)
+
+    def on_error(self, error: TensorwayError) -> None:
+        self._end()
+        self.listener.ended(self, error)
+
+    def cancel(self) -> None:
+        """Tells the group that nobody wants the rest. The listener hears no more of it. Harmless where it is over."""
+        if not self.is_over:
+            self._end()
+            self.group.link.cancel(self.link_id)
+
+    def _end(self) -> None:
+        self.is_over = True
+        self.group.end(self.batch)

@@ -1,0 +1,83 @@
+"""The text side of real model directories: ids and prompts as transformers' own tokenisers make them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from text_sides import MINILM_FILES, SMOLLM2_FILES, fallback_text, smollm2_text
+from transformers import AutoTokenizer
+
+from tensorway.errors import FailedPrecondition, InvalidRequest
+from tensorway_worker.engines.generation.requests import StopRules
+from tensorway_worker.engines.generation.text import TextStream, read_text_side
+
+_CHATS = (
+    [{"role": "user", "content": "Hello!"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "\u4f60\u597d \U0001f600"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\n"}, {"role": "user", "content": " <|im_end|> c"}],
+)
+
+pytestmark = pytest.mark.models
+
+
+def test_ids_and_chats_are_those_of_transformers() -> None:
+    ours = smollm2_text()
+    theirs = AutoTokenizer.from_pretrained(SMOLLM2_FILES, gguf_file="smollm2.gguf")
+    for written in ("", "The capital of France is", " \u00dcberraschung: \u6c34", "<|im_start|>user\nHi<|im_end|>\n"):
+        assert list(ours.encode(written)) == theirs(written)["input_ids"]
+    for chat in _CHATS:
+        expected = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        assert list(ours.encode_chat(chat)) == expected
+    assert ours.render_chat(_CHATS[0]).endswith("Hello!<|im_end|>\n<|im_start|>assistant\n")
+    assert (ours.eos_ids, ours.vocab_size) == ({2}, 49152)
+
+
+def test_a_directory_with_a_tokenizer_json_of_its_own(tmp_path: Path) -> None:
+    """As the hub has them: tokenizer.json, a template in a file beside it, several tokens that end an answer."""
+    theirs = AutoTokenizer.from_pretrained(SMOLLM2_FILES, gguf_file="smollm2.gguf")
+    theirs.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    theirs.save_pretrained(tmp_path)
+    shutil.copy(SMOLLM2_FILES / "config.json", tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    ours = read_text_side(tmp_path)
+    assert (tmp_path / "chat_template.jinja").is_file()
+    assert ours.render_chat(_CHATS[0]) == "[user] Hello!<|im_end|>"
+    assert ours.encode("Hello there") == smollm2_text().encode("Hello there")
+    assert ours.eos_ids == {0, 2}
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(FailedPrecondition, match=r"generation_config.json is not valid JSON"):
+        read_text_side(tmp_path)
+
+
+def test_a_word_piece_tokeniser_has_no_template() -> None:
+    """minilm's: it puts [CLS] before a text by itself, and marks what goes on in a word."""
+    ours = read_text_side(MINILM_FILES)
+    assert not ours.has_template
+    with pytest.raises(InvalidRequest, match="send text or token_ids"):
+        ours.encode_chat(_CHATS[0])
+    ids = ours.encode("unaffordable housing")
+    assert ids[0] == 101
+    stream = TextStream(ours, (101,), StopRules(max_tokens=99))
+    assert "".join([stream.take(id).text for id in ids[1:]]) + stream.flush() == "unaffordable housing"
+
+
+def test_what_cannot_be_a_prompt_is_refused() -> None:
+    ours = smollm2_text()
+    with pytest.raises(InvalidRequest, match="at least one message"):
+        ours.encode_chat([])
+    with pytest.raises(InvalidRequest, match="more than 10 tokens"):
+        ours.encode("a" * 100_000, max_tokens=10)
+    with pytest.raises(InvalidRequest, match="template refuses"):
+        ours.encode_chat([{"content": "no role"}, {"role": "user", "content": 3}])  # type: ignore[dict-item]
+
+
+def test_there_must_be_a_tokeniser(tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match=r"tokenizer.json"):
+        read_text_side(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(FailedPrecondition, match="no tokeniser can be made"):
+        read_text_side(tmp_path)
+    assert fallback_text().encode("hello")
