@@ -142,7 +142,8 @@ def _forge_generation(rng: random.Random) -> bytes:
     message = inference_pb2.GenerateRequest.FromString(rng.choice(VALID[GENERATE]))
     for _ in range(rng.choice((0, 1, 1, 2, 3))):
         part, name, value = rng.choice((
-            ("", "model", some("", "nope", "echo", "talker")), ("", "revision", some("", "1", TALKER.revision)), ("", "text", some("", "x")),
+            ("", "model", some("", "nope", "echo", "talker")), ("", "revision", some("", "1", TALKER.revision)),
+            ("", "text", some("", "x")),
             ("", "request_id", some("", "\u2603" * 200, "i" * 600)), ("", "num_choices", some(0, 1, 64, 65, 2**32 - 1)),
             ("", "num_top_logprobs", some(0, 20, 21)), ("", "priority", some(0, 100, -101)),
             ("sampling", "temperature", some(0.0, 100.0, 101.0, -1.0, float("nan"))), ("sampling", "top_p", some(0.0, 1.0, float("inf"))),
