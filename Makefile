@@ -10,7 +10,7 @@ MODELS ?= models
 PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install models run up test test-unit test-integration check format protos bench bench-groups fuzz clean
+.PHONY: help install models run up test test-unit test-integration check format protos bench bench-groups bench-tokens fuzz clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -72,6 +72,9 @@ bench: install models ## Measure the running mesh with h2load and perf-analyzer;
 
 bench-groups: install models ## Measure groups of several ranks beside their parts; writes benchmarks/groups.md
 	$(BIN)/python -m benchmarks.groups
+
+bench-tokens: install models ## Measure tokens through the mesh beside the bare engine and transformers; writes benchmarks/tokens.md
+	$(BIN)/python -m benchmarks.tokens
 
 fuzz: install ## The long form of the fuzz at the door
 	TENSORWAY_FUZZ_CASES=2000000 $(BIN)/python -m pytest tests/contract/gateway -k fuzz --timeout=3600

@@ -69,11 +69,13 @@ def _register_commands() -> None:
     from tensorway.cli.adapt import adapt
     from tensorway.cli.doctor import doctor
     from tensorway.cli.explain import explain
+    from tensorway.cli.generate import generate
     from tensorway.cli.infer import infer
     from tensorway.cli.models import models_app
     from tensorway.cli.plan import plan
 
     app.command()(infer)
+    app.command()(generate)
     app.command()(explain)
     app.command()(doctor)
     app.command()(plan)

@@ -1,5 +1,5 @@
-"""tritonclient's streams against a gateway: `python triton_stream_script.py ENDPOINT [MODEL]`, in an environment that holds tritonclient and
-not Tensorway. MODEL generates: input and output `text`, BYTES."""
+"""tritonclient's streams against a gateway: `python triton_stream_script.py ENDPOINT [MODEL]`, in an environment that holds tritonclient
+and not Tensorway. MODEL generates: input and output `text`, BYTES."""
 
 from __future__ import annotations
 

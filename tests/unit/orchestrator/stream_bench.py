@@ -378,4 +378,9 @@ async def stream_bench(tmp_path: Path, spec: RevisionSpec | None = None, **setti
         async with asyncio.timeout(10):
             while not dispatcher.knows(spec.model):
                 await asyncio.sleep(0.002)
-        yield Bench(registry, dispatcher, pool, link, endpoint, stack, tasks, metrics)
+        bench = Bench(registry, dispatcher, pool, link, endpoint, stack, tasks, metrics)
+        lane = bench.lane
+        yield bench
+        # Whatever a test did: what holds no stream holds no bytes, and nothing waits.
+        if not lane.num_open:
+            assert (lane.held.total, lane.queue.num_waiting) == (0, 0)

@@ -76,7 +76,7 @@ async def test_the_echoed_prompt_comes_once(bench: Bench) -> None:
     leader = await bench.add_leader("a")
     leader.dies_at = 4
     reader = bench.generate(sampling=pb.Sampling(seed=1), echo=True)
-    await reader.until(3)
+    await eventually(lambda: leader.has_died)
     await bench.add_leader("b")
     await reader.end()
     assert [each.delta.text for each in reader.messages if each.delta.is_prompt] == ["hello"]
@@ -203,6 +203,27 @@ async def test_a_deadline_in_the_queue_and_one_on_a_group_name_their_hop(tmp_pat
         assert bench.dispatcher.num_open == 0
         with pytest.raises(NotFound):
             await bench.resume(running.started.stream_id, 0).end()
+
+
+async def test_streams_that_begin_alike_go_to_the_same_group(bench: Bench) -> None:
+    leaders = [await bench.add_leader(name) for name in "abc"]
+    prompts = [f"{topic} " * 400 for topic in ("apples", "pears", "plums")]
+    for number in range(24):
+        prompt = prompts[number % 3] + f"question {number}"
+        await bench.generate(prompt, sampling=pb.Sampling(seed=number)).end()
+        await eventually(lambda: not any(group.in_flight for group in bench.lane.groups.values()))
+    for prompt in prompts:
+        assert sum(any(request.generate.text.startswith(prompt) for request in leader.requests) for leader in leaders) == 1
+    # Until load says otherwise: twenty answers that run weigh more than a prefix of eleven blocks.
+    for leader in leaders:
+        leader.pause.set()
+        leader.requests.clear()
+    readers = [bench.generate(prompts[0] + f"again {number}") for number in range(20)]
+    await eventually(lambda: sum(len(leader.requests) for leader in leaders) == 20)
+    assert min(len(leader.requests) for leader in leaders) >= 4
+    for leader in leaders:
+        leader.go_on()
+    await asyncio.gather(*(reader.end() for reader in readers))
 
 
 async def test_no_group_is_waited_for_and_then_said(bench: Bench) -> None:

@@ -18,12 +18,14 @@ from tensorway_worker.engines.generation.engine import GenerationEngine
 from tensorway_worker.engines.generation.layout import carried
 from tensorway_worker.engines.generation.requests import Sampling
 from tensorway_worker.engines.generation.sampler import SamplingRows
-from tensorway_worker.engines.generation.scheduler import Limits, Scheduler, Sequence as Answer
+from tensorway_worker.engines.generation.scheduler import Limits, Scheduler
+from tensorway_worker.engines.generation.scheduler import Sequence as Answer
 
 VOCABULARY = 96
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3, "pad_token_id": 0, "eos_token_id": 1,
+    "bos_token_id": 2,
 }
 #: GPT-2 has names of its own.
 GPT2 = {
@@ -43,7 +45,8 @@ def made(folder: Path, architecture: str = "LlamaForCausalLM", config: Mapping[s
     (files / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w1"}')
     document = {
         "name": "tiny", "engine": "transformers", "weights_dtype": "float32",
-        "inputs": [{"name": "text", "dtype": "BYTES", "shape": ["rows"]}], "outputs": [{"name": "text", "dtype": "BYTES", "shape": ["rows"]}],
+        "inputs": [{"name": "text", "dtype": "BYTES", "shape": ["rows"]}],
+        "outputs": [{"name": "text", "dtype": "BYTES", "shape": ["rows"]}],
         "settings": {"task": "generation", "architecture": architecture, "config": dict(config), "seed": 5},
         "generation": {"kv_cache_mb": 1, "block_tokens": 4, **more.pop("generation", {})}, **more,
     }

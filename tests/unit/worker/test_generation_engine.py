@@ -185,11 +185,14 @@ def test_half_the_bits_answer_too(tmp_path: Path) -> None:
     ],
 )
 def test_models_whose_attention_is_another_are_refused(tmp_path: Path, architecture: str, config: dict[str, Any], why: str) -> None:
-    with pytest.raises(FailedPrecondition, match=why):
+    def run() -> None:
         engine = opened(tmp_path, architecture, config)
         engine.run(engine.example(1) or {})
 
+    with pytest.raises(FailedPrecondition, match=why):
+        run()
+
 
 def test_room_for_no_block_is_said(tmp_path: Path) -> None:
-    with pytest.raises(FailedPrecondition, match=r"generation\.kv_cache_mb: 1 MiB hold no block of 1024 tokens, which takes 1 MiB|hold no block"):
+    with pytest.raises(FailedPrecondition, match=r"generation\.kv_cache_mb: 1 MiB hold no block of 1024 tokens, which takes \d+ MiB"):
         opened(tmp_path, config={**SIZES, "num_hidden_layers": 40}, generation={"block_tokens": 1024})

@@ -102,7 +102,9 @@ def alone(prompt: list[int], max_tokens: int) -> list[int]:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    prompts=st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 12), st.integers(-1, 1)), min_size=1, max_size=12),
+    prompts=st.lists(
+        st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 12), st.integers(-1, 1)), min_size=1, max_size=12
+    ),
     num_blocks=st.integers(11, 40), max_sequences=st.integers(1, 6), step_tokens=st.integers(1, 16), windows=st.integers(1, 3),
     prefill=st.one_of(st.none(), st.integers(1, 8)),
 )

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -94,7 +93,9 @@ class Bench:
         return generator
 
 
-def ask(prompt: list[int], max_tokens: int = 10, *, so_far: tuple[int, ...] = (), timeout_s: float = LONG_S, **stop: object) -> GenerationRequest:
+def ask(
+    prompt: list[int], max_tokens: int = 10, *, so_far: tuple[int, ...] = (), timeout_s: float = LONG_S, **stop: object
+) -> GenerationRequest:
     rules = StopRules(max_tokens=max_tokens, **stop)  # type: ignore[arg-type]
     return GenerationRequest("r", tuple(prompt), so_far, Sampling(), rules, 0, time.monotonic() + timeout_s)
 

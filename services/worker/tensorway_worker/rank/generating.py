@@ -146,9 +146,7 @@ class Generations:
         try:
             if isinstance(self._group, LinkedGroup):
                 return _on_host(self._group.run(carry))
-            done: Future[Outputs] = Future()
-            self._executor.enqueue(partial(_run_into, done, self._group.run, carry))
-            return done.result()
+            return run_in(self._executor, self._group.run, carry)
         finally:
             self._executor.end_step(began_s)
 
@@ -264,6 +262,13 @@ def _text_of(engine: GenerationEngine) -> TextSide:
     if engine.text is None:
         raise FailedPrecondition("the model is not loaded")
     return engine.text
+
+
+def run_in(executor: Executor, run: Callable[[Inputs], Outputs], carry: Inputs) -> Outputs:
+    """Runs a step in the torch thread and waits for it; the outputs on the CPU."""
+    done: Future[Outputs] = Future()
+    executor.enqueue(partial(_run_into, done, run, carry))
+    return done.result()
 
 
 def _run_into(done: Future[Outputs], run: Callable[[Inputs], Outputs], carry: Inputs) -> None:

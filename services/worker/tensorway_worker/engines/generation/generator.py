@@ -143,7 +143,7 @@ class Generator:
                     return
                 continue
             with self._turn:
-                self._pace.observe(step.num_decoding, step.num_prefilling_tokens, time.monotonic() - began_s)
+                self._pace.observe(step.num_tokens, time.monotonic() - began_s)
                 self._back(step, drawing, outputs)
                 self._turn.notify_all()
 
@@ -153,7 +153,7 @@ class Generator:
             while self._inbox:
                 self._inbox.popleft()()
             earliest_s = self._expire(time.monotonic())
-            step = self._scheduler.next(self._pace.prefill_tokens())
+            step = self._scheduler.next(self._pace.prefill_tokens(self._scheduler.num_decoding))
             if step is not None:
                 return step
             self._num_idle += 1
@@ -169,7 +169,7 @@ class Generator:
         except TensorwayError as error:
             self._deliver([partial(listener.failed, error)])
             return
-        except Exception:
+        except Exception:  # noqa: BLE001 - one answer's bug is not the others'
             _LOG.exception("an answer could not be begun")
             self._deliver([partial(listener.failed, Unavailable("the answer could not be begun; see the group's log"))])
             return
@@ -268,5 +268,5 @@ def _tell(news: list[News]) -> None:
     for one in news:
         try:
             one()
-        except Exception:  # noqa: PERF203 - one listener's failure is not another's
+        except Exception:  # noqa: BLE001 - one listener's failure is not another's
             _LOG.exception("a listener of an answer failed")

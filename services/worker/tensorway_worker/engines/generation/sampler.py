@@ -75,8 +75,9 @@ class SamplingRows:
         return cls(carry[PREFIX + "floats"].view(torch.float32), words, banned, seen, num_top)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
-        """Under names that begin with `~draw.`. All of them integers (of floats, the bits): every stage of a pipeline gets those as they are."""
-        named = (("floats", self.floats.view(torch.int32)), ("words", self.words), ("banned", self.banned), ("seen", self.seen), ("num_top", self.num_top))
+        """Under names that begin with `~draw.`. All are integers (of floats, the bits): all stages of a pipeline get those as they are."""
+        bits = self.floats.view(torch.int32)
+        named = (("floats", bits), ("words", self.words), ("banned", self.banned), ("seen", self.seen), ("num_top", self.num_top))
         return {PREFIX + name: tensor for name, tensor in named}
 
     def only(self, places: torch.Tensor) -> SamplingRows:

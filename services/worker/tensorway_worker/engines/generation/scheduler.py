@@ -112,6 +112,12 @@ class Scheduler:
         return self._num_waiting
 
     @property
+    def num_decoding(self) -> int:
+        """Answers that would advance in the next step."""
+        decoding = sum(1 for one in self._running if one.num_left == 1)
+        return -(-decoding // self._limits.windows)
+
+    @property
     def num_free_blocks(self) -> int:
         return self._pool.num_free
 
