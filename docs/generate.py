@@ -54,6 +54,20 @@ MODEL_KEYS: Final = {
     "batching.max_queue_rows": "Rows that may wait in one orchestrator before RESOURCE_EXHAUSTED.",
     "batching.oversize": "A request of more than `max_rows` rows: `refuse` it with INVALID_ARGUMENT, or run it `alone`.",
     "batching.padding": "Input name → value of the elements added to make lengths equal.",
+    "generation": "Makes the model one that generates tokens; see [Generation](generation.md).",
+    "generation.max_sequences": "Answers that a group makes at once; more wait in the orchestrator.",
+    "generation.max_waiting": "Answers that may wait in one orchestrator before RESOURCE_EXHAUSTED.",
+    "generation.max_context": "Tokens of a prompt and its answer together; 0: as many as the model was made for.",
+    "generation.kv_cache_mb": "Memory of all keys and values, MiB, over all ranks of a group. An answer that finds no room waits.",
+    "generation.block_tokens": "Tokens in one block of that memory; prefixes are shared by whole blocks.",
+    "generation.step_tokens": "Most tokens in one step: one of each running answer, and pieces of new prompts.",
+    "generation.defaults": "What a caller gets who does not say otherwise.",
+    "generation.defaults.temperature": "0 takes the most likely token.",
+    "generation.defaults.top_k": "Only the k most likely tokens; 0: all.",
+    "generation.defaults.top_p": "Only the most likely tokens whose probabilities reach this sum.",
+    "generation.defaults.min_p": "Only tokens at least this share as likely as the most likely one.",
+    "generation.defaults.repetition_penalty": "Above 1: tokens that came before become less likely.",
+    "generation.defaults.max_tokens": "Most tokens of an answer; 0: as many as the context holds.",
     "files": "Files to fetch, kept under `files/`; see [Files](#files).",
     "files[].path": "Where it lies under `files/`; must stay inside.",
     "files[].source": "Where it comes from.",
@@ -181,6 +195,8 @@ def _model_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
         return annotation, False
     if get_origin(annotation) is tuple:
         return _model_in(get_args(annotation)[0])[0], True
+    if get_origin(annotation) is types.UnionType:
+        return _model_in(get_args(annotation)[0])
     return None, False
 
 
@@ -199,7 +215,7 @@ def _type_name(annotation: Any) -> str:
     if origin is Annotated:
         return _type_name(arguments[0])
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_type_name, arguments))
+        return " or ".join(_type_name(argument) for argument in arguments if argument is not types.NoneType)
     if origin is tuple:
         return f"list of {_type_name(arguments[0])}"
     if origin is dict:
@@ -239,6 +255,8 @@ def _default(name: str, field: FieldInfo) -> str:
 
 
 def _show(value: Any) -> str:
+    if value is None:
+        return "none"
     if value in ("", (), {}):
         return "empty"
     if isinstance(value, BaseModel):

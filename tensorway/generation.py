@@ -43,7 +43,7 @@ class GenerationYaml(BaseModel):
     max_waiting: Annotated[int, Field(ge=0)] = 1024
     #: Tokens of prompt and answer together; 0: as many as the model was made for.
     max_context: Annotated[int, Field(ge=0)] = 0
-    #: Memory of the keys and values of all answers, MiB, on each rank. One who does not fit waits.
+    #: Memory of the keys and values of all answers, MiB, over all ranks of a group. An answer that finds no room waits.
     kv_cache_mb: Annotated[int, Field(ge=1)] = 1024
     #: Tokens in one block of that memory.
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = 16

@@ -51,26 +51,28 @@ class Chat:
             import readline  # noqa: F401
         model = self._client.model(self._model)
         self._say(f"{model.name} · revision {model.revision[:12]} · /help tells what else there is, Ctrl-D ends")
-        while (line := self._read()) is not None:
-            question = line.strip()
-            if question.startswith("/"):
-                self._obey(question)
-            elif question:
-                self._ask(question)
-        return 0
-
-    def _read(self) -> str | None:
-        """The next question; None at the end. Ctrl-C throws away what was typed."""
-        lines: list[str] = []
         while True:
             try:
-                line = input(self._coloured(_MORE if lines else _QUESTION))
+                self._turn()
             except EOFError:
                 print()
-                return None
+                return 0
             except KeyboardInterrupt:
+                # What was typed is thrown away. (One that stops an answer does not come here.)
                 print()
-                return ""
+
+    def _turn(self) -> None:
+        question = self._read().strip()
+        if question.startswith("/"):
+            self._obey(question)
+        elif question:
+            self._ask(question)
+
+    def _read(self) -> str:
+        """The next question. Raises EOFError at the end."""
+        lines: list[str] = []
+        while True:
+            line = input(self._coloured(_MORE if lines else _QUESTION))
             if not line.endswith("\\"):
                 return "\n".join([*lines, line])
             lines.append(line[:-1])

@@ -39,6 +39,10 @@ class AioWire:
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
             await channel.close()
+            # grpc.aio waits for a call that is being set up in a task of its own, and may swallow a cancellation on the way.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError
 
     def write(self, message: bytes) -> None:
         """See the port."""

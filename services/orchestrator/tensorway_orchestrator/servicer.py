@@ -15,7 +15,7 @@ from tensorway.tensors import DataType, check_num_bytes
 from tensorway.transport.port import Call, Payload, Reply, Server, Stream
 from tensorway.v1 import inference_pb2, link_pb2, tensor_pb2
 from tensorway_orchestrator.dispatcher import Dispatcher
-from tensorway_orchestrator.streamed_exchange import StreamedExchange
+from tensorway.transport.streamed_exchange import StreamedExchange
 
 INFER = "/tensorway.v1.InferenceService/Infer"
 EXPLAIN = "/tensorway.v1.InferenceService/Explain"
