@@ -13,9 +13,9 @@ from tensorway.errors import InternalError, InvalidRequest, TensorwayError
 from tensorway.signature import RevisionSpec
 from tensorway.tensors import DataType, check_num_bytes
 from tensorway.transport.port import Call, Payload, Reply, Server, Stream
+from tensorway.transport.streamed_exchange import StreamedExchange
 from tensorway.v1 import inference_pb2, link_pb2, tensor_pb2
 from tensorway_orchestrator.dispatcher import Dispatcher
-from tensorway.transport.streamed_exchange import StreamedExchange
 
 INFER = "/tensorway.v1.InferenceService/Infer"
 EXPLAIN = "/tensorway.v1.InferenceService/Explain"
