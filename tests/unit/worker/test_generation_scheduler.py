@@ -189,6 +189,27 @@ def test_long_prompts_leave_every_step_to_those_who_answer() -> None:
     world.run()
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    world = World(400, Limits(8, 16))
+    long = world.add([3] * 1000, 1)
+    for _ in range(3):
+        step = world.scheduler.next()
+        assert step is not None
+        world.compute(step)
+        world.back(step)
+    short, middle = world.add([4] * 8, 1), world.add([5] * 100, 1)
+    order: list[Sequence] = []
+    while len(order) < 3:
+        before = long.num_computed
+        step = world.scheduler.next()
+        assert step is not None
+        world.compute(step)
+        world.back(step)
+        assert long.is_dropped or long.num_computed >= before + 8, "nor does the long one stand still"
+        order += [one for one in (short, middle, long) if one.is_dropped and one not in order]
+    assert order == [short, middle, long]
+
+
 def test_answers_that_fill_every_step_leave_something_to_prompts() -> None:
     world = World(200, Limits(64, 8))
     for number in range(32):

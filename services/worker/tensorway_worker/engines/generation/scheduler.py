@@ -157,8 +157,7 @@ class Scheduler:
             # However many answers run, prompts get on a little.
             budget = max(budget - num_decoding, budget // 8, 1)
             budget = budget if prefill_tokens is None else min(budget, max(1, prefill_tokens))
-        budget = self._prefilling(rows, budget)
-        self._join(rows, budget)
+        self._prefilling(rows, budget)
         if not rows:
             return None
         for row in rows:
@@ -194,24 +193,29 @@ class Scheduler:
                 rows.append(Row(sequence, sequence.num_computed, 1))
         return rows
 
-    def _prefilling(self, rows: list[Row], budget: int) -> int:
-        """Goes on with prompts that have begun; returns what is left of the budget."""
-        for sequence in [one for one in self._running if one.num_left > 1 and not one.is_in_flight]:
-            if budget < 1:
-                return 0
-            budget -= self._prefill(sequence, rows, budget)
-        return budget
+    def _prefilling(self, rows: list[Row], budget: int) -> None:
+        """Pieces of prompts, so that a short one does not wait for a long one to end, nor a long one for ever: half of the tokens are the
+        oldest prompt's, the other half goes to the shortest first, then to those that wait, and what they leave to the oldest again."""
+        begun = [one for one in self._running if one.num_left > 1 and not one.is_in_flight]
+        oldest = begun[:1]
+        left = budget - budget // 2 if oldest else budget
+        kept = budget - left
+        for sequence in sorted(begun[1:], key=lambda one: one.num_left):
+            left -= self._prefill(sequence, rows, left)
+        left = self._join(rows, left)
+        for sequence in oldest:
+            self._prefill(sequence, rows, kept + left)
 
     def _prefill(self, sequence: Sequence, rows: list[Row], budget: int) -> int:
         size = min(budget, sequence.num_left)
         # It may have given its blocks up to another.
-        if sequence not in self._running or not self._grow(sequence, sequence.num_computed + size, rows):
+        if size < 1 or sequence not in self._running or not self._grow(sequence, sequence.num_computed + size, rows):
             return 0
         rows.append(Row(sequence, sequence.num_computed, size))
         return size
 
-    def _join(self, rows: list[Row], budget: int) -> None:
-        """Lets those that wait join, as long as there are places, blocks and tokens."""
+    def _join(self, rows: list[Row], budget: int) -> int:
+        """Lets those that wait join, as long as there are places, blocks and tokens; returns the tokens that are left."""
         passed_over: list[Sequence] = []
         while budget > 0 and self._waiting and len(self._running) < self._limits.max_sequences:
             _, _, sequence = self._waiting[0]
@@ -239,6 +243,7 @@ class Scheduler:
             budget -= self._prefill(sequence, rows, budget)
         for sequence in passed_over:
             heapq.heappush(self._waiting, (-sequence.priority, sequence.order, sequence))
+        return budget
 
     def _grow(self, sequence: Sequence, num_tokens: int, rows: Iterable[Row]) -> bool:
         """Gives it the blocks for so many tokens, others' if need be; False where it had to give up its own instead."""
