@@ -1,8 +1,9 @@
-"""The demonstration of `make run`: real sentences and a real photograph through the running mesh."""
+"""The demonstration of `make run`: real sentences, a real photograph and a real question through the running mesh."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Final
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from tensorway.client import AsyncClient
 from tensorway.model_directory import FILES_DIR, ModelDirectory
+from tensorway.results import Delta
 
 _SENTENCES: Final = (
     "A man is playing a guitar on stage.",
@@ -21,6 +23,9 @@ _SENTENCES: Final = (
 )
 
 
+_QUESTION: Final = "What is the capital of France?"
+
+
 async def show_demo(endpoint: str, directories: Mapping[str, ModelDirectory], console: Console) -> None:
     """Runs what the served models allow, and prints the answers."""
     async with AsyncClient(endpoint) as client:
@@ -28,6 +33,20 @@ async def show_demo(endpoint: str, directories: Mapping[str, ModelDirectory], co
             await _show_similarities(client, console)
         if "efficientnet-lite0" in directories:
             await _show_photograph(client, directories["efficientnet-lite0"], console)
+        if "smollm2-chat" in directories:
+            await _show_stream(client, console)
+
+
+async def _show_stream(client: AsyncClient, console: Console) -> None:
+    console.print(f"smollm2-chat: [bold]{_QUESTION}[/]")
+    began_s, first_s, num_tokens = time.monotonic(), 0.0, 0
+    async for event in client.generate("smollm2-chat", [{"role": "user", "content": _QUESTION}], max_tokens=40):
+        if isinstance(event, Delta):
+            first_s = first_s or time.monotonic() - began_s
+            num_tokens += len(event.token_ids)
+            console.print(event.text, end="", highlight=False, markup=False)
+    took_s = time.monotonic() - began_s
+    console.print(f"\n[dim]{num_tokens} tokens in {took_s:.1f} s, the first after {first_s * 1e3:.0f} ms[/]")
 
 
 async def _show_similarities(client: AsyncClient, console: Console) -> None:

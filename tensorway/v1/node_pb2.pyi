@@ -194,7 +194,7 @@ class ListGroupsResponse(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ...) -> None: ...
 
 class Group(_message.Message):
-    __slots__ = ("id", "model", "revision", "epoch", "state", "reason", "endpoint", "pids", "memory_bytes", "ranks", "detail")
+    __slots__ = ("id", "model", "revision", "epoch", "state", "reason", "endpoint", "pids", "memory_bytes", "ranks", "detail", "num_running_answers", "num_waiting_answers", "num_free_blocks")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +206,9 @@ class Group(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     revision: str
@@ -217,7 +220,10 @@ class Group(_message.Message):
     memory_bytes: int
     ranks: _containers.RepeatedCompositeFieldContainer[Rank]
     detail: str
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[GroupState, str]] = ..., reason: _Optional[str] = ..., endpoint: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., detail: _Optional[str] = ...) -> None: ...
+    num_running_answers: int
+    num_waiting_answers: int
+    num_free_blocks: int
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[GroupState, str]] = ..., reason: _Optional[str] = ..., endpoint: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., detail: _Optional[str] = ..., num_running_answers: _Optional[int] = ..., num_waiting_answers: _Optional[int] = ..., num_free_blocks: _Optional[int] = ...) -> None: ...
 
 class Rank(_message.Message):
     __slots__ = ("rank", "node", "pid", "device", "state", "detail", "fraction", "num_steps", "weights_bytes", "memory_bytes", "memory_limit_bytes", "busy_share")

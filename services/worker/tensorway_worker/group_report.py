@@ -31,6 +31,10 @@ class RankReport:
     memory_limit_bytes: int = 0
     #: Share of the time since the last heartbeat, 0 to 1.
     busy_share: float = 0.0
+    #: Of the leader of a group that generates: answers that advance, answers that wait, and blocks that no answer holds.
+    num_running_answers: int = 0
+    num_waiting_answers: int = 0
+    num_free_blocks: int = 0
 
 
 @dataclass(slots=True)

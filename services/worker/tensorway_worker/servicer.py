@@ -47,10 +47,13 @@ class NodeServicer:
 
 def _to_message(report: GroupReport, node: str) -> node_pb2.Group:
     ranks = [_rank_message(rank, node) for rank in report.ranks]
+    leader = report.ranks[0] if report.ranks else RankReport(0, node)
     return node_pb2.Group(
         id=report.id, model=report.replica.model, revision=report.replica.revision, epoch=report.epoch,
         state=_STATES.get(report.state, node_pb2.GROUP_STATE_UNSPECIFIED), reason=report.reason, endpoint=report.endpoint,
         pids=[rank.pid for rank in ranks], memory_bytes=sum(rank.memory_bytes for rank in ranks), ranks=ranks, detail=report.detail,
+        num_running_answers=leader.num_running_answers, num_waiting_answers=leader.num_waiting_answers,
+        num_free_blocks=leader.num_free_blocks,
     )
 
 

@@ -41,14 +41,14 @@ def free_endpoint() -> str:
 
 
 def make_models_dir(folder: Path) -> Path:
-    """Two models of ours, and the one that the README has its reader write."""
+    """Three models of ours, and the one that the README has its reader write."""
     for language in ("yaml", "python"):
         for block in blocks(language):
             if block.word("file"):
                 path = folder / block.word("file").removeprefix("my-models/")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(block.text)
-    for name in ("minilm", "identity"):
+    for name in ("minilm", "identity", "smollm2-chat"):
         (folder / name).symlink_to(ROOT / "models" / name)
     return folder
 

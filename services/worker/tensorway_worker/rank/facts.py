@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tensorway_worker.rank.executor import Executor
@@ -11,7 +11,7 @@ from tensorway_worker.rank.memory import Meter, open_meter
 
 
 class Facts:
-    """Memory, and how busy the torch thread is. Lives in the loop."""
+    """Memory, how busy the torch thread is, and what is particular to a service. Lives in the loop."""
 
     def __init__(self, device: str, executor: Executor) -> None:
         self._device = device
@@ -23,6 +23,8 @@ class Facts:
         self.weights_bytes = 0
         #: Tells the news of an adaptation.
         self.news: Callable[[], str] | None = None
+        #: Counts the answers of a leader that generates, by field of `RankStatus`.
+        self.answers: Callable[[], Mapping[str, int]] | None = None
 
     def limit_memory(self, own_limit: int) -> None:
         """The model's own limit, bytes; 0 for none."""
@@ -39,5 +41,6 @@ class Facts:
             "memory_bytes": self._meter.used(),
             "memory_limit_bytes": self._meter.limit(),
             "busy_share": round(share, 3),
+            **({} if self.answers is None else self.answers()),
             **({} if self.news is None else {"news": self.news()}),
         }

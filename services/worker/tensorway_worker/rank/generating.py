@@ -88,6 +88,14 @@ class Generations:
             self.generator.submit(GenerationRequest("warm-up", prompt, (), Sampling(), stop, 0, Deadline.after(3600.0).at_s), wait)
         await asyncio.gather(*(wait.done for wait in waits))
 
+    def counts(self) -> dict[str, int]:
+        """Answers that advance and that wait, and blocks that none holds, by field of `RankStatus`."""
+        generator = self.generator
+        return {
+            "num_running_answers": generator.num_running, "num_waiting_answers": generator.num_waiting,
+            "num_free_blocks": generator.num_free_blocks,
+        }
+
     def on_exchange(self, exchange: Exchange) -> None:
         """One choice of a generation, from an orchestrator."""
         try:

@@ -106,6 +106,10 @@ class RankStatus:
     memory_limit_bytes: int = 0
     #: Share of the time since the last heartbeat that the torch thread computed, 0 to 1.
     busy_share: float = 0.0
+    #: Of the leader of a group that generates: answers that advance, answers that wait, and blocks that no answer holds.
+    num_running_answers: int = 0
+    num_waiting_answers: int = 0
+    num_free_blocks: int = 0
     #: Whether this failure only follows from another rank's.
     is_consequence: bool = False
     #: News of an adaptation (`adaptation_news.py`), JSON; empty for a rank that serves.

@@ -108,7 +108,7 @@ class Rank:
                 # What is loaded stays: the collector need not look at it again and again while requests wait.
                 gc.collect()
                 gc.freeze()
-                endpoint = Endpoint(launch, directory.spec, service_of(launch, directory, engine, group, runner, executor))
+                endpoint = Endpoint(launch, directory.spec, service_of(launch, directory, engine, group, runner, executor, facts))
                 report.change(READY, endpoint=await endpoint.open())
             else:
                 report.change(READY)

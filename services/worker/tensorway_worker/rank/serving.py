@@ -10,6 +10,7 @@ from tensorway_worker.engines.port import Engine
 from tensorway_worker.rank.codec import Codec
 from tensorway_worker.rank.endpoint import Service
 from tensorway_worker.rank.executor import Executor
+from tensorway_worker.rank.facts import Facts
 from tensorway_worker.rank.group import LinkedGroup
 from tensorway_worker.rank.launch import RankLaunch
 from tensorway_worker.rank.layout import Layouts
@@ -25,8 +26,9 @@ def service_of(
     group: LinkedGroup | SoloGroup,
     runner: BatchRunner,
     executor: Executor,
+    facts: Facts,
 ) -> Service:
-    """The service of a leader whose group is ready. In the loop."""
+    """The service of a leader whose group is ready; what it counts goes to `facts`. In the loop."""
     if directory.yaml.generation is not None:
         # Only here: it brings the libraries of its engine.
         from tensorway_worker.engines.generation.engine import GenerationEngine
@@ -34,7 +36,9 @@ def service_of(
 
         if not isinstance(engine, GenerationEngine):
             raise FailedPrecondition(f"engine {directory.yaml.engine} generates no tokens", field="generation")
-        return Generations(directory, engine, group, executor, launch.epoch)
+        generations = Generations(directory, engine, group, executor, launch.epoch)
+        facts.answers = generations.counts
+        return generations
     codec = Codec(launch.model, launch.revision, Layouts(directory.spec.signature, runner.padding), runner.rules.check_names)
     return Leader(
         asyncio.get_running_loop(),

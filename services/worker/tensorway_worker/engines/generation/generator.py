@@ -100,6 +100,10 @@ class Generator:
         return self._scheduler.num_running
 
     @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
+
+    @property
     def num_free_blocks(self) -> int:
         return self._scheduler.num_free_blocks
 
