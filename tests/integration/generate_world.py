@@ -46,12 +46,12 @@ def small_models() -> ModuleType:
     return module
 
 
-def small(models: Path, name: str, pipeline: int = 1, tensor: int = 1, **more: Any) -> str:
+def small(models: Path, name: str, pipeline: int = 1, tensor: int = 1, longest: int = 256, **more: Any) -> str:
     """Adds a Llama of random weights to `models`, cut like this, and returns its name. All of them are the same model.
 
-    `more`: further keys of model.yaml.
+    `longest`: tokens of a prompt and its answer; `more`: further keys of model.yaml.
     """
-    config = {**small_models().SIZES, "num_hidden_layers": NUM_LAYERS}
+    config = {**small_models().SIZES, "num_hidden_layers": NUM_LAYERS, "max_position_embeddings": longest}
     parallel = {"pipeline": pipeline, "tensor": tensor, "verify": "off"}
     generation = {"kv_cache_mb": 8, **more.pop("generation", {})}
     small_models().made(models / name, config=config, parallel=parallel, threads=1, generation=generation, **{"name": name, **more})

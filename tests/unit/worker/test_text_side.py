@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 from text_sides import MINILM_FILES, SMOLLM2_FILES, fallback_text, smollm2_text
 from transformers import AutoTokenizer
 
@@ -81,3 +83,40 @@ def test_there_must_be_a_tokeniser(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="no tokeniser can be made"):
         read_text_side(tmp_path)
     assert fallback_text().encode("hello")
+
+
+def test_a_tokeniser_out_of_a_gguf_is_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("config.json", "smollm2.gguf"):
+        (tmp_path / name).symlink_to(SMOLLM2_FILES / name)
+    first = read_text_side(tmp_path, "smollm2.gguf")
+    (kept,) = tmp_path.glob("smollm2.gguf.tokenizer-*")
+    read_again = transformers.AutoTokenizer.from_pretrained
+
+    def only_kept(path: Path, **options: Any) -> Any:
+        assert "gguf_file" not in options, "it is made anew"
+        return read_again(path, **options)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", only_kept)
+    again = read_text_side(tmp_path, "smollm2.gguf")
+    monkeypatch.undo()
+    text = "Hello <|im_end|> w\u00f6rld \U0001f9d1\u200d\U0001f680\n\n  x"
+    messages = [{"role": "user", "content": text}]
+    assert again.encode(text) == first.encode(text)
+    assert again.encode_chat(messages) == first.encode_chat(messages)
+    assert (again.eos_ids, again.vocab_size) == (first.eos_ids, first.vocab_size)
+    assert again.decode(again.encode(text)) == first.decode(first.encode(text))
+    # A damaged one is made anew.
+    (kept / "tokenizer.json").write_text("{")
+    assert read_text_side(tmp_path, "smollm2.gguf").encode(text) == first.encode(text)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tokenizer-")]
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    for name in ("config.json", "smollm2.gguf"):
+        (files / name).symlink_to(SMOLLM2_FILES / name)
+    stat = (files / "smollm2.gguf").stat()
+    # Root may write anywhere: something else stands in its place.
+    (files / f"smollm2.gguf.tokenizer-{stat.st_size}-{stat.st_mtime_ns}").write_text("")
+    assert read_text_side(files, "smollm2.gguf").encode("hi")

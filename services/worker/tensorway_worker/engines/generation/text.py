@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from tensorway.errors import FailedPrecondition, InvalidRequest
+from tensorway_worker.engines.generation.kept_tokenizer import kept_tokenizer
 from tensorway_worker.engines.generation.text_decoding import ByteDecoding, Decoding, TokenBytes, WindowDecoding, is_byte_level
 from tensorway_worker.engines.generation.text_stream import Piece, TextStream
 
@@ -94,19 +95,20 @@ class TextSide:
 
 def read_text_side(files: Path, weights: str = "") -> TextSide:
     """The text side of the model in folder `files`: tokenizer.json and what lies beside it (tokenizer_config.json, chat_template.jinja),
-    else the vocabulary and template in the GGUF file `weights`, which takes seconds.
+    else the vocabulary and template in the GGUF file `weights`, which takes seconds the first time.
 
     End-of-sequence tokens are those of generation_config.json, else of config.json, else of the tokeniser.
 
     Raises FailedPrecondition where there is no tokeniser, or a file cannot be read.
     """
-    gguf = {} if (files / "tokenizer.json").is_file() else {"gguf_file": weights}
-    if gguf and not weights.endswith(".gguf"):
+    has_own = (files / "tokenizer.json").is_file()
+    if not has_own and not weights.endswith(".gguf"):
         raise FailedPrecondition("a model that generates needs tokenizer.json among `files`, or weights in GGUF", field="files")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(files, local_files_only=True, **gguf)
+        read = transformers.AutoTokenizer.from_pretrained
+        tokenizer = read(files, local_files_only=True) if has_own else kept_tokenizer(files, weights)
     except (ValueError, KeyError, NotImplementedError, OSError) as error:
-        source = gguf.get("gguf_file", "tokenizer.json")
+        source = "tokenizer.json" if has_own else weights
         raise FailedPrecondition(f"no tokeniser can be made of {source}: {error}", field="files") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise FailedPrecondition(f"{type(tokenizer).__name__} has no fast version; bring a tokenizer.json", field="files")
