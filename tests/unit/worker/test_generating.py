@@ -22,6 +22,7 @@ from tensorway_worker.rank.solo import SoloGroup
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+CHAT = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="x")])
 LONG_S = 60.0
 EPOCH = 3
 
@@ -201,9 +202,9 @@ async def test_cancelled_answers_leave_nothing(leader: Generations) -> None:
         (head_of(ask(text="")), InvalidRequest, "no tokens"),
         (head_of(ask(text="w5 " * 300)), InvalidRequest, "tokens"),
         (head_of(inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[96]))), InvalidRequest, "outside the vocabulary"),
-        (head_of(inference_pb2.GenerateRequest(chat=inference_pb2.Chat(messages=[{"role": "user", "content": "x"}]))), InvalidRequest, "no chat"),
+        (head_of(inference_pb2.GenerateRequest(chat=CHAT)), InvalidRequest, "no chat"),
     ],
-)  # fmt: skip
+)
 async def test_what_cannot_be_answered_is_said(leader: Generations, head: bytes, kind: type[TensorwayError], says: str) -> None:
     wanted = await answered(leader, Wanted(head))
     assert isinstance(wanted.error, kind)

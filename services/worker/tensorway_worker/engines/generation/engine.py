@@ -80,7 +80,7 @@ class GenerationEngine(TransformersEngine):
         carry = cast("dict[str, torch.Tensor]", inputs)
         if self._cache is None:
             raise FailedPrecondition("the model is not loaded")
-        with attending(self._cache, StepLayout.of(inputs, self.dimensions.block_tokens)):
+        with attending(self._cache, StepLayout.of(inputs, self.dimensions.block_tokens, torch.device(self.device))):
             result = self._model(
                 input_ids=carry["input_ids"].to(self.device), position_ids=carry["position_ids"].to(self.device),
                 attention_mask=self._seen_whole, use_cache=False, logits_to_keep=carry[DRAWING].to(self.device),

@@ -119,10 +119,9 @@ class StepLayout:
     pieces: list[Piece]
 
     @staticmethod
-    def of(carry: Inputs, block_tokens: int) -> StepLayout:
-        """Reads it from a step's carry."""
+    def of(carry: Inputs, block_tokens: int, device: torch.device) -> StepLayout:
+        """Reads it from a step's carry; its own tensors lie on `device`."""
         rows, tables = cast("torch.Tensor", carry[ROWS]), cast("torch.Tensor", carry[TABLES])
-        device = rows.device
         shape: list[list[int]] = rows.tolist()
         inside = numpy.arange(block_tokens, dtype=numpy.int64)
         all_places = (tables.cpu().numpy()[:, None] * block_tokens + inside).reshape(-1)
