@@ -30,7 +30,7 @@ LIST_GROUPS = "/tensorway.v1.NodeService/ListGroups"
 PATIENCE_S = 120.0
 #: Tokens of a prompt that fill a block of what the orchestrator remembers of groups, so that it leads to the group that has it.
 PROMPT = tuple(3 + number * 7 % 90 for number in range(70))
-#: Enough layers to make a step of the small models take ten milliseconds and more: an answer can be hurt on its way.
+#: So many layers make a step of the small models take ten milliseconds and more: an answer can be hurt on its way.
 NUM_LAYERS = 64
 
 
@@ -46,12 +46,14 @@ def small_models() -> ModuleType:
     return module
 
 
-def small(models: Path, name: str, pipeline: int = 1, tensor: int = 1, longest: int = 256, **more: Any) -> str:
-    """Adds a Llama of random weights to `models`, cut like this, and returns its name. All of them are the same model.
+def small(
+    models: Path, name: str, pipeline: int = 1, tensor: int = 1, *, num_layers: int = NUM_LAYERS, longest: int = 256, **more: Any
+) -> str:
+    """Adds a Llama of random weights to `models`, cut like this, and returns its name. All with as many layers are the same model.
 
     `longest`: tokens of a prompt and its answer; `more`: further keys of model.yaml.
     """
-    config = {**small_models().SIZES, "num_hidden_layers": NUM_LAYERS, "max_position_embeddings": longest}
+    config = {**small_models().SIZES, "num_hidden_layers": num_layers, "max_position_embeddings": longest}
     parallel = {"pipeline": pipeline, "tensor": tensor, "verify": "off"}
     generation = {"kv_cache_mb": 8, **more.pop("generation", {})}
     small_models().made(models / name, config=config, parallel=parallel, threads=1, generation=generation, **{"name": name, **more})

@@ -1,15 +1,15 @@
-"""What a client of a real language model gets: the tokens of transformers' own `generate`, through every door; and how streams share a mesh."""
+"""What a client of a real language model gets: the tokens of transformers' own `generate`, through every door. How streams share a mesh."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+import grpc
 import pytest
 import pytest_asyncio
 
@@ -17,15 +17,18 @@ from tensorway import AsyncClient, Client, Delta
 from tensorway.errors import InvalidRequest
 from tensorway.model_directory import load_directory
 from tensorway.registry.port import GATEWAY, ORCHESTRATOR
+from tensorway.transport.channel import ReplyStream
 from tensorway.v1 import inference_pb2 as pb
 from tests.integration.conftest import MODELS, ROOT, running_mesh
-from tests.integration.generate_world import Talk, Told, ask, small, talk_of
+from tests.integration.generate_world import GENERATE, Call, Talk, Told, ask, small, talk_of
 from tests.integration.hurt_groups import real
 
-pytestmark = [pytest.mark.models, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.models, pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.asyncio(loop_scope="module")]
 
 CHAT = "smollm2-chat"
 NUM_TOKENS = 24
+#: Of the small models.
+NUM_LAYERS = 12
 QUESTIONS = (
     "What is the capital of France?", "Name three colours.", "Why is the sky blue?", "Write one sentence about a cat.",
     "What is 2 + 2?", "Who wrote Hamlet?", "Translate 'good morning' to Spanish.", "Give me a recipe for tea.",
@@ -35,12 +38,14 @@ TRITON_PYTHON = ROOT / ".venv-triton" / "bin" / "python"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def talk(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Talk]:
-    """The real model, and a small one with two groups."""
+    """The real model; and a small one, with two groups, of shards, and of shards of stages."""
     folder = tmp_path_factory.mktemp("talk")
     models = folder / "models"
-    twin = small(models, "twin", longest=1024, replicas=2, generation={"kv_cache_mb": 64})
-    real(models, CHAT, CHAT)
-    async with running_mesh(folder, twin, CHAT, models_dir=models, spread_wait_s=0.05) as mesh, talk_of(mesh) as made:
+    twin = small(models, "twin", num_layers=NUM_LAYERS, longest=1024, replicas=2, generation={"kv_cache_mb": 64})
+    # Threads that wait for one another cost a busy machine far more than they gain.
+    real(models, CHAT, CHAT, threads=1)
+    cut = [small(models, f"cut-{pipeline}x2", pipeline, 2, num_layers=NUM_LAYERS) for pipeline in (1, 2)]
+    async with running_mesh(folder, twin, CHAT, *cut, models_dir=models, spread_wait_s=0.05) as mesh, talk_of(mesh) as made:
         yield made
 
 
@@ -168,7 +173,7 @@ async def test_the_python_client_streams(talk: Talk) -> None:
         events = [event async for event in client.generate(CHAT, messages, max_tokens=NUM_TOKENS, timeout_s=120)]
         assert [token for event in events if isinstance(event, Delta) for token in event.token_ids] == whole.ids()
         with pytest.raises(InvalidRequest, match="prompt"):
-            await anext(client.generate(CHAT, "word " * 10_000, max_tokens=1, timeout_s=120))
+            _ = [event async for event in client.generate(CHAT, "word " * 10_000, max_tokens=1, timeout_s=120)]
 
 
 async def test_tritonclient_streams(talk: Talk) -> None:
@@ -179,6 +184,17 @@ async def test_tritonclient_streams(talk: Talk) -> None:
     output, _ = await asyncio.wait_for(process.communicate(), 240)
     assert process.returncode == 0, output.decode()
     assert output.decode().endswith("all good\n")
+
+
+@pytest.mark.parametrize("model", ["cut-1x2", "cut-2x2"])
+async def test_shards_say_what_the_whole_model_says(talk: Talk, model: str) -> None:
+    """Alone and several at once, greedy and drawn."""
+    prompts = [[3 + (number * step) % 91 for number in range(length)] for step, length in ((5, 40), (7, 21), (11, 3))]
+    requests = [(prompt, draw) for prompt in prompts for draw in ({}, {"temperature": 0.8, "seed": 4})]
+    whole = await asyncio.gather(*(talk.answer(ask("twin", prompt, 20, **draw)) for prompt, draw in requests))
+    cut = await asyncio.gather(*(talk.answer(ask(model, prompt, 20, **draw)) for prompt, draw in requests))
+    for told, wanted in zip(cut, whole, strict=True):
+        told.is_same(wanted)
 
 
 async def test_a_prompt_goes_where_its_beginning_is_known(talk: Talk) -> None:
@@ -198,13 +214,20 @@ async def timed(talk: Talk, request: pb.GenerateRequest) -> tuple[Told, float]:
     return call.told, median(after - before for before, after in pairwise(arrived))
 
 
+@asynccontextmanager
+async def narrow(talk: Talk) -> AsyncIterator[Any]:
+    """A connection to the gateway that holds 64 KiB and does not widen when there is much to carry."""
+    async with grpc.aio.insecure_channel(talk.mesh.endpoint, options=[("grpc.http2.bdp_probe", 0)]) as channel:
+        yield channel
+
+
 async def test_a_slow_reader_slows_nobody_and_misses_nothing(talk: Talk) -> None:
     """Many long messages to one who does not read: what the connection does not hold is joined. Another reads meanwhile."""
     prompt = list(range(3, 13))
     long = ask("twin", prompt, 240, num_choices=8, temperature=1.0, seed=3, num_top_logprobs=20)
     other = ask("twin", prompt, 200)
     beside_a_reader, (_, fast_s) = await asyncio.gather(talk.answer(long), timed(talk, other))
-    async with talk.call(long) as slow:
+    async with narrow(talk) as channel, Call(ReplyStream("", channel.unary_stream(GENERATE)(long.SerializeToString()))) as slow:
         await slow.next()
         told, slow_s = await timed(talk, other)
         first = told.deltas()[0]
@@ -216,3 +239,23 @@ async def test_a_slow_reader_slows_nobody_and_misses_nothing(talk: Talk) -> None
     slow.told.is_same(beside_a_reader, 8)
     assert sum(len(slow.told.ids(choice)) for choice in range(8)) == 8 * 240
     assert len(slow.told.messages) < len(beside_a_reader.messages) / 2
+
+
+async def test_text_goes_on_where_its_group_died(talk: Talk) -> None:
+    """Letters of several tokens, and what might have become a stop string, are on their way when the leader is killed."""
+    request = chat("Write a poem of emojis and of Chinese words.", 60, temperature=1.3, seed=12)
+    request.stop.ignore_eos = True
+    text = (await talk.answer(request)).text()
+    request.stop.strings.extend([*(letter + "never" for letter in sorted(set(text))[:12]), text[-8:]])
+    whole = await talk.answer(request)
+    assert not whole.text().isascii()
+    for _ in range(8):
+        async with talk.call(request) as call:
+            await call.tokens(9)
+            await talk.kill_leader(whole.finished().group)
+            told = await call.rest()
+        told.is_same(whole)
+        if told.finished().num_attempts > 1:
+            return
+        whole = told
+    raise AssertionError("no signal came before the end")

@@ -18,6 +18,7 @@ from tensorway.model_directory import ModelDirectory
 from tensorway_worker.engines.cut.assembly import Uncut
 from tensorway_worker.engines.generation.attention import NAME, KeyValueCache, attend, attending, no_mask
 from tensorway_worker.engines.generation.layout import DRAWING, StepLayout, carried
+from tensorway_worker.engines.generation.packing import pack
 from tensorway_worker.engines.generation.requests import Sampling
 from tensorway_worker.engines.generation.sampler import RowToDraw, SamplingRows, sample
 from tensorway_worker.engines.generation.scheduler import Row, Sequence
@@ -56,11 +57,15 @@ class GenerationEngine(TransformersEngine):
         self._cache: KeyValueCache | None = None
         self._seen_whole: torch.Tensor | None = None
         self.dimensions = Dimensions(0, self._generation.block_tokens, 0, 0)
+        #: Of weights that only exist in oneDNN's own order.
+        self._packed_bytes = 0
         #: Of the leader, once it is loaded.
         self.text: TextSide | None = None
 
     def load(self) -> None:
         super().load()
+        with torch.inference_mode(False), torch.no_grad():
+            self._packed_bytes = pack(self._model)
         if self._cut is None or (self._cut.place.is_first and not self._cut.place.shard):
             self.text = read_text_side(self._pretrained.files, str(self._settings.get("weights", "")))
 
@@ -123,6 +128,9 @@ class GenerationEngine(TransformersEngine):
 
     def embedding(self, name: str) -> torch.nn.Module | None:
         return None
+
+    def memory_bytes(self) -> int:
+        return super().memory_bytes() + self._packed_bytes
 
     @property
     def cache_bytes(self) -> int:
