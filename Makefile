@@ -10,7 +10,7 @@ MODELS ?= models
 PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install models run up test test-unit test-integration check format protos bench bench-groups bench-tokens fuzz clean
+.PHONY: help install models run up test test-unit test-integration check format protos bench bench-groups bench-tokens fuzz kill-everywhere clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -78,6 +78,9 @@ bench-tokens: install models ## Measure tokens through the mesh beside the bare 
 
 fuzz: install ## The long form of the fuzz at the door
 	TENSORWAY_FUZZ_CASES=2000000 $(BIN)/python -m pytest tests/contract/gateway -k fuzz --timeout=3600
+
+kill-everywhere: install models ## The long form of the death of groups: at every token of an answer
+	TENSORWAY_KILL_ALL=1 $(BIN)/python -m pytest tests/integration/test_generate_faults.py -k outlives_its_group
 
 clean: ## Remove environments, caches and fetched files
 	rm -rf .venv .venv-base .venv-triton .tools .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info models/*/files

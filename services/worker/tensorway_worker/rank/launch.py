@@ -11,7 +11,7 @@ LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) are in the environment. Anythi
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Final
 
 STATUS_FD_VARIABLE: Final = "TENSORWAY_STATUS_FD"
@@ -120,4 +120,6 @@ class RankStatus:
 
     @classmethod
     def from_json(cls, line: str) -> RankStatus:
-        return cls(**json.loads(line))
+        # A rank of a newer version, on another node or after an upgrade in place, may say more.
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in json.loads(line).items() if name in known})
