@@ -220,13 +220,16 @@ class Reader:
         assert not head
         assert not payload
         self.over.set_result(None)
+        self._news.set()
 
     def on_error(self, error: TensorwayError) -> None:
         self.over.set_exception(error)
+        self._news.set()
 
     async def until(self, num_messages: int) -> None:
-        async with asyncio.timeout(10):
-            while len(self.messages) < num_messages:
+        """Until it has so many, or all there are: deltas may come joined."""
+        async with asyncio.timeout(60):
+            while len(self.messages) < num_messages and not self.over.done():
                 self._news.clear()
                 await self._news.wait()
 
@@ -235,7 +238,7 @@ class Reader:
         self.num_ungranted, self.grants_after_s = 0, 0.0
 
     async def end(self) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self.over
 
     @property
@@ -310,7 +313,7 @@ class Bench:
         metadata = {"model": "talker", "revision": REVISION, "epoch": str(epoch), "node": "n", "max_rows": "8"}
         leader.lease = await self.registry.register(Registration(GROUP, name, endpoint, metadata))
         id = f"{name}#{epoch}"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while id not in self.lane.groups or not (self.lane.groups[id].can_take or leader.has_died):
                 await asyncio.sleep(0.002)
         return leader
@@ -375,7 +378,7 @@ async def stream_bench(tmp_path: Path, spec: RevisionSpec | None = None, **setti
             stack.callback(tasks.create_task(each).cancel)
         stack.callback(dispatcher.close)
         await link.wait_connected(Deadline.after(10.0))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not dispatcher.knows(spec.model):
                 await asyncio.sleep(0.002)
         bench = Bench(registry, dispatcher, pool, link, endpoint, stack, tasks, metrics)
