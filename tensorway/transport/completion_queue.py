@@ -3,6 +3,9 @@
 Waking the loop is what makes grpc.aio slow: here a burst of events costs one wake-up. An event's tag runs in the polling thread and
 returns what is left to do in the loop, or None; after each event the queue is drained without waiting, and all that was left to do crosses
 over in a single `call_soon_threadsafe`.
+
+The other way round, too: each batch that the loop starts gives its interpreter lock away for a moment, and its event wakes the polling
+thread, which would take the lock for that one event, batch after batch. `hold` makes it wait for all that the loop starts in one turn.
 """
 
 from __future__ import annotations
@@ -42,6 +45,9 @@ class CompletionQueuePoller:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[None] | None = None
         self._thread: threading.Thread | None = None
+        #: The loop has it while it holds the thread.
+        self._gate = threading.Lock()
+        self._is_held = False
 
     def start(self) -> None:
         """Starts polling on behalf of the running loop."""
@@ -49,6 +55,17 @@ class CompletionQueuePoller:
         self._ended = self._loop.create_future()
         self._thread = threading.Thread(target=self._poll, args=(self._loop,), name=self._name, daemon=True)
         self._thread.start()
+
+    def hold(self) -> None:
+        """In the loop: events are not taken before this turn of the loop is over."""
+        if not self._is_held and self._loop is not None:
+            self._is_held = True
+            self._gate.acquire()
+            self._loop.call_soon(self._let_go)
+
+    def _let_go(self) -> None:
+        self._is_held = False
+        self._gate.release()
 
     async def stop(self) -> None:
         """Shuts the queue down and waits until what is left in it has been dealt with. Nothing may be started on it any more."""
@@ -65,6 +82,8 @@ class CompletionQueuePoller:
         while True:
             rests: list[Rest] = []
             event = poll(None)
+            with self._gate:
+                pass  # what the loop is starting ends here, too
             while event.tag is not None:
                 try:
                     rest = event.tag(event)

@@ -63,6 +63,11 @@ class CompletionQueueServer:
         if self._unwound is not None and not self.running:
             self._unwound.set()
 
+    def hold_events(self) -> None:
+        """Called by a call that starts a batch whose end nobody waits for."""
+        if self._poller is not None:
+            self._poller.hold()
+
     async def start(self) -> str:
         """See the port."""
         if self._server is not None or self._shut_down is not None:

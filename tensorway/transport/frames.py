@@ -23,6 +23,7 @@ MAX_ID: Final = (1 << 32) - 1
 
 _FRAMES_TAG: Final = 0x0A
 _MAX_VARINT_BYTES: Final = 5
+_NO_BODY: Final = memoryview(b"")
 
 
 class FrameKind(IntEnum):
@@ -76,7 +77,7 @@ def decode_message(message: bytes | bytearray) -> Iterator[Frame]:
         return
     offset = _frames_offset(message)
     view = memoryview(message)
-    unpack = HEADER.unpack_from
+    unpack, new_frame = HEADER.unpack_from, tuple.__new__
     while offset < end:
         if end - offset < HEADER_BYTES:
             raise _broken(f"{end - offset} bytes are left where a {HEADER_BYTES}-byte header must start")
@@ -86,6 +87,10 @@ def decode_message(message: bytes | bytearray) -> Iterator[Frame]:
         offset = body_at + body_bytes
         if offset > end:
             raise _broken(f"a frame claims {head_bytes} + {body_bytes} bytes, {end - head_at} are left")
+        if kind == TOKEN and not (flags or zero or body_bytes or value):
+            # The most frequent frame by far, in the fewest steps.
+            yield new_frame(Frame, (TOKEN, False, id, bytes(message[head_at:body_at]), _NO_BODY, 0))
+            continue
         if zero or flags > MORE or not REQUEST <= kind <= GOAWAY:
             raise _broken(f"a header has kind {kind}, flags {flags} and reserved bytes {zero}")
         if flags and kind not in (REQUEST, RESPONSE, CHUNK):

@@ -204,18 +204,18 @@ class StreamLinkClient:
 
     def _take(self, frame: Frame) -> None:
         kind, id = frame.kind, frame.id
-        if kind == RESPONSE:
+        if kind == TOKEN:
+            # Tokens of a request that was cancelled may still come for a while.
+            sink = self._sinks.get(id)
+            if sink is not None:
+                call_guarded("a sink of a link", self._ledger.take(id, sink), frame.head)
+        elif kind == RESPONSE:
             if frame.has_more:
                 self._inbox.begin(frame)
                 if id not in self._sinks:
                     self._inbox.drop(id, is_cancelled=False)
             else:
                 self._tell_reply(id, frame.head, (frame.body,) if frame.body else ())
-        elif kind == TOKEN:
-            # Tokens of a request that was cancelled may still come for a while.
-            sink = self._sinks.get(id)
-            if sink is not None:
-                call_guarded("a sink of a link", self._ledger.take(id, sink), frame.head)
         elif kind == CHUNK:
             arrival = self._inbox.add(frame)
             if arrival is None:

@@ -25,6 +25,10 @@ class Progress(Enum):
     LEFT = "left"
 
 
+#: Of frames without a body; never changed.
+_NOTHING: Final[deque[Buffer]] = deque()
+
+
 class _Parcel:
     """One frame that waits, or the rest of a large one."""
 
@@ -34,7 +38,7 @@ class _Parcel:
         self.kind = kind
         self.id = id
         self.head = head
-        self.segments = deque(payload)
+        self.segments = deque(payload) if payload else _NOTHING
         #: Bytes of body that have not left.
         self.body_bytes = body_bytes
         self.deadline = deadline
@@ -116,7 +120,15 @@ class Outbox:
         now_s = time.monotonic()
         small = self._small
         while small and size < FULL_MESSAGE_BYTES:
-            size += self._pack(small.popleft(), CHUNK_BYTES, now_s, parts)
+            parcel = small.popleft()
+            if parcel.body_bytes or parcel.deadline is not None:
+                size += self._pack(parcel, CHUNK_BYTES, now_s, parts)
+            else:
+                head = parcel.head
+                parts.append(HEADER.pack(parcel.kind, 0, 0, parcel.id, len(head), 0, parcel.value))
+                parts.append(head)
+                self.num_bytes -= len(head)
+                size += HEADER_BYTES + len(head)
         if self._large and size < FULL_MESSAGE_BYTES:
             parcel = self._large.popleft()
             size += self._pack(parcel, CHUNK_BYTES, now_s, parts)

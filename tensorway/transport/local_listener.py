@@ -112,6 +112,13 @@ class LocalStream(MessageProtocol):
             raise Cancelled("the peer has closed the local link")
         self.send(message)
 
+    def offer(self, message: bytes) -> bool:
+        """See the port."""
+        if self._is_paused or self._has_ended or self._transport is None or self._transport.is_closing():
+            return False
+        self.send(message)
+        return True
+
     def end(self) -> None:
         """Closes once what was written has left."""
         if self._transport is not None:

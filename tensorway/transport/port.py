@@ -58,6 +58,10 @@ class Stream(Call, Protocol):
     async def write(self, message: bytes) -> None:
         """Sends one message; returns when the transport can take the next. Raises Cancelled once the client has gone."""
 
+    def offer(self, message: bytes) -> bool:
+        """Begins to send one message if the transport takes it at once, which costs less than `write`. Where not, nothing was done and
+        the answer is False: `write` it. Not while a `write` waits."""
+
 
 UnaryHandler = Callable[[bytes, Call], Awaitable[bytes]]
 StreamHandler = Callable[[Stream], Awaitable[None]]

@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 Trailers = tuple[tuple[str, str | bytes], ...]
 
 _NO_FLAGS: Final = 0
-_OK: Final = 0
+OK: Final = 0
 #: Core writes "no deadline" as an instant beyond this one, in seconds since 1970.
 _NEVER_S: Final = 1e12
 
@@ -58,6 +58,9 @@ class CallOwner(Protocol):
         """Calls whose handler runs. The server awaits them when it stops."""
 
     def forget(self, call: ServerCall) -> None: ...
+
+    def hold_events(self) -> None:
+        """In the loop: batches are about to be started, whose events may come together."""
 
 
 class ServerCall:
@@ -118,7 +121,7 @@ class ServerCall:
 
     def _start(self, operations: Sequence[Any], tag: Callable[[Any], Rest | None]) -> None:
         result = self._call.start_server_batch(operations, tag)
-        if result != _OK:
+        if result != OK:
             raise InternalError(f"{self.method}: grpc core refused a batch with call error {result}")
 
     def _closed(self, event: Any) -> Rest | None:
@@ -174,7 +177,7 @@ class ServerCall:
         if self._has_answered or self._is_cancelled:
             return
         self._has_answered = True
-        code, sentence, trailers = _OK, "", self._trailers
+        code, sentence, trailers = OK, "", self._trailers
         if error is not None:
             code, sentence, details = encode_error(error)
             trailers = (*trailers, (DETAILS_TRAILER, details))
@@ -232,7 +235,7 @@ class UnaryCall(ServerCall):
             (
                 cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS),
                 cygrpc.SendMessageOperation(reply, _NO_FLAGS),
-                cygrpc.SendStatusFromServerOperation(self._trailers, _OK, b"", _NO_FLAGS),
+                cygrpc.SendStatusFromServerOperation(self._trailers, OK, b"", _NO_FLAGS),
             ),
             forget,
         )

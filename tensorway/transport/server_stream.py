@@ -12,7 +12,7 @@ from tensorway.errors import InternalError
 from tensorway.transport.completion_queue import Rest
 from tensorway.transport.listening import gone, too_large
 from tensorway.transport.port import StreamHandler
-from tensorway.transport.server_call import CallOwner, ServerCall
+from tensorway.transport.server_call import OK, CallOwner, ServerCall
 
 _NO_FLAGS: Final = 0
 
@@ -65,19 +65,48 @@ class StreamCall(ServerCall):
             raise gone()
         if len(message) > self._owner.options.max_message_bytes:
             raise too_large(len(message), self._owner.options)
-        if self._is_writing:
+        if self._write_waiter is not None:
             raise InternalError(f"{self.method}: two writes at once")
+        # Until core has let go of a message it takes no other, even where nobody waits for that one.
+        await self._until_written()
+        if self._is_cancelled:
+            raise gone()
+        result = self._begin_write(message)
+        if result != OK:
+            raise InternalError(f"{self.method}: grpc core refused a message with call error {result}")
+        await self._until_written()
+        if not self._written_ok:
+            raise gone()
+
+    def offer(self, message: bytes) -> bool:
+        """See the port."""
+        if self._is_writing or self._write_waiter is not None or self._is_cancelled or len(message) > self._owner.options.max_message_bytes:
+            return False
+        self._owner.hold_events()
+        return self._begin_write(message) == OK
+
+    def _begin_write(self, message: bytes) -> int:
+        """Core's answer to the batch."""
         operations: tuple[Any, ...] = (cygrpc.SendMessageOperation(message, _NO_FLAGS),)
         if not self._has_initial_metadata:
             self._has_initial_metadata = True
             operations = (cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS), *operations)
-        # Until core has let go of this message it takes no other, even where the handler no longer waits for it.
         self._is_writing = True
-        self._write_waiter = self._owner.loop.create_future()
-        self._start(operations, self._written)
-        await self._write_waiter
-        if not self._written_ok:
-            raise gone()
+        result: int = self._call.start_server_batch(operations, self._written)
+        if result != OK:
+            self._is_writing = False
+        return result
+
+    async def _until_written(self) -> None:
+        """Returns once core has let go of the message that it has, if any."""
+        try:
+            while self._is_writing:
+                waiter = self._write_waiter = self._owner.loop.create_future()
+                # The polling thread clears the flag and then looks for a waiter: asked again, so that neither misses the other.
+                if self._is_writing:
+                    await waiter
+        finally:
+            self._write_waiter = None
 
     def _take_call(self) -> None:
         self._begin(self._run)
@@ -109,11 +138,12 @@ class StreamCall(ServerCall):
         if self._read_waiter is not None and not self._read_waiter.done():
             self._read_waiter.set_result(None)
 
-    def _written(self, event: Any) -> Rest:
+    def _written(self, event: Any) -> Rest | None:
+        """In the polling thread: the loop need not wake up for a message that nobody waits for."""
         self._written_ok = event.success
-        return self._wake_writer
+        self._is_writing = False
+        return None if self._write_waiter is None else self._wake_writer
 
     def _wake_writer(self) -> None:
-        self._is_writing = False
         if self._write_waiter is not None and not self._write_waiter.done():
             self._write_waiter.set_result(None)

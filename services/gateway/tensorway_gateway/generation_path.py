@@ -14,7 +14,7 @@ from tensorway_gateway.admission import Admission
 from tensorway_gateway.catalog import Catalog
 from tensorway_gateway.generation_wire import sequence_after, write_continued_head, write_generation_head, write_resume_head
 from tensorway_gateway.models import Model, Revision
-from tensorway_gateway.relay import RelayLog, Write, relay
+from tensorway_gateway.relay import Reader, RelayLog, relay
 from tensorway_gateway.request_ids import RequestIds, id_trailer
 from tensorway_gateway.requests import GenerationArrival, StreamPosition
 from tensorway_gateway.statistics import Statistics
@@ -41,8 +41,8 @@ class GenerationPath:
         """The model of that name, which may not generate. Raises NotFound."""
         return self._catalog.find(name)
 
-    async def run(self, arrival: GenerationArrival, call: Call, write: Write) -> None:
-        """Runs one generation to the end of its stream, whose messages go to `write`; raises the TensorwayError that says who must act.
+    async def run(self, arrival: GenerationArrival, call: Call, reader: Reader) -> None:
+        """Runs one generation to the end of its stream, whose messages go to `reader`; raises the TensorwayError that says who must act.
         Sets the trailers either way."""
         model: Model | None = None
         revision: Revision | None = None
@@ -54,7 +54,7 @@ class GenerationPath:
                 revision = model.find(arrival.revision, is_version=arrival.is_version)
                 if revision.spec.generation is None:
                     raise FailedPrecondition(f"model {model.name!r} does not generate; use Infer", field="model")
-            await self._admitted(arrival, revision, call, log, write)
+            await self._admitted(arrival, revision, call, log, reader)
         except TensorwayError as error:
             self._accounting.failed(arrival, model, revision, error)
             raise
@@ -64,7 +64,7 @@ class GenerationPath:
         self._accounting.streamed(arrival, revision)
 
     async def _admitted(
-        self, arrival: GenerationArrival, revision: Revision | None, call: Call, log: RelayLog, write: Write
+        self, arrival: GenerationArrival, revision: Revision | None, call: Call, log: RelayLog, reader: Reader
     ) -> None:
         admission = self._admission
         admission.admit(arrival.num_bytes)
@@ -74,16 +74,16 @@ class GenerationPath:
             async with asyncio.timeout(deadline.remaining_s()):
                 if revision is None:
                     assert arrival.resume is not None
-                    await self._resume(arrival.request_id, arrival.resume, deadline, log, write)
+                    await self._resume(arrival.request_id, arrival.resume, deadline, log, reader)
                 else:
-                    await self._generate(arrival, revision, deadline, log, write)
+                    await self._generate(arrival, revision, deadline, log, reader)
         except TimeoutError:
             raise _late(log) from None
         finally:
             admission.release(arrival.num_bytes, time.monotonic() - arrival.arrived_s)
 
     async def _generate(
-        self, arrival: GenerationArrival, revision: Revision, deadline: Deadline, log: RelayLog, write: Write
+        self, arrival: GenerationArrival, revision: Revision, deadline: Deadline, log: RelayLog, reader: Reader
     ) -> None:
         """A new stream. One whose orchestrator is lost goes on at another with what the client has; the same one may be asked again once
         it has done something, so that a stream outlives every orchestrator's restart."""
@@ -96,7 +96,7 @@ class GenerationPath:
             tried.add(orchestrator.id)
             num_before = log.num_messages
             try:
-                await relay(orchestrator, head, deadline, log, write)
+                await relay(orchestrator, head, deadline, log, reader)
                 return
             except Unavailable as error:
                 lost = error
@@ -105,7 +105,7 @@ class GenerationPath:
                 tried.clear()
                 head = write_continued_head(arrival, spec.revision, log.messages)
 
-    async def _resume(self, request_id: str, position: StreamPosition, deadline: Deadline, log: RelayLog, write: Write) -> None:
+    async def _resume(self, request_id: str, position: StreamPosition, deadline: Deadline, log: RelayLog, reader: Reader) -> None:
         """A stream that some orchestrator keeps: each is asked in turn. Raises NotFound where none knows it, and Unavailable where one that
         might have known it could not be asked."""
         next_sequence = position.next_sequence
@@ -115,7 +115,7 @@ class GenerationPath:
             lost: Unavailable | None = None
             for orchestrator in await self._upstream.all_connected(deadline):
                 try:
-                    await relay(orchestrator, head, deadline, log, write)
+                    await relay(orchestrator, head, deadline, log, reader)
                     return
                 except NotFound:
                     continue

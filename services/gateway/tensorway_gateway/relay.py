@@ -5,15 +5,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
 
 from tensorway.deadline import Deadline
 from tensorway.errors import TensorwayError
-from tensorway.transport.port import Payload
+from tensorway.transport.port import TOKEN_CREDIT, LinkClient, Payload
 from tensorway_gateway.upstream import Orchestrator
 
-#: Sends one serialised GenerateResponse to the client; returns when the next may be sent.
-Write = Callable[[bytes], Awaitable[None]]
+#: So many messages that a client took at once are granted together: a grant each would cost more than it hastens.
+_GRANT: Final = TOKEN_CREDIT // 2
+
+
+class Reader(Protocol):
+    """Where a stream's messages go: serialised GenerateResponses. A Stream is one."""
+
+    async def write(self, message: bytes) -> None:
+        """Sends one message; returns when the next may be sent."""
+
+    def offer(self, message: bytes) -> bool:
+        """Sends one message if that needs no waiting; False: it was not sent."""
 
 
 class RelayLog:
@@ -31,26 +41,50 @@ class RelayLog:
         self.is_writing = False
 
     def add(self, message: bytes) -> None:
+        """A message is being sent."""
         if not self._keeps_all:
             self.messages.clear()
         self.messages.append(message)
         self.num_messages += 1
 
+    def sent(self) -> None:
+        """The last message has been sent."""
+        if self.first_delta_s is None and self.num_messages > 1:
+            self.first_delta_s = time.monotonic()
 
-class _Arriving:
-    """The sink of one attempt. Holds at most the link's credit of messages."""
 
-    __slots__ = ("_waiter", "error", "is_over", "messages")
+class _Relay:
+    """The sink of one attempt. A message goes to the reader as it comes, unless the reader is behind: then messages wait here, at most the
+    link's credit of them."""
 
-    def __init__(self) -> None:
+    __slots__ = ("_link", "_log", "_num_taken", "_reader", "_waiter", "error", "id", "is_over", "messages")
+
+    def __init__(self, link: LinkClient, log: RelayLog, reader: Reader) -> None:
+        self._link = link
+        self._log = log
+        self._reader = reader
+        #: Of the request on the link.
+        self.id = 0
         self.messages: deque[bytes] = deque()
         self.is_over = False
         self.error: TensorwayError | None = None
+        #: Messages that the reader took at once and that are not granted yet.
+        self._num_taken = 0
         self._waiter: asyncio.Future[None] | None = None
 
     def on_token(self, head: bytes) -> None:
-        self.messages.append(head)
-        self._wake()
+        log = self._log
+        if self.messages or log.is_writing or not self._reader.offer(head):
+            self.messages.append(head)
+            self._wake()
+            return
+        log.add(head)
+        if log.first_delta_s is None:
+            log.sent()
+        self._num_taken += 1
+        if self._num_taken == _GRANT:
+            self._num_taken = 0
+            self._link.grant(self.id, _GRANT)
 
     def on_reply(self, head: bytes, payload: Payload) -> None:
         self.is_over = True
@@ -59,6 +93,19 @@ class _Arriving:
     def on_error(self, error: TensorwayError) -> None:
         self.is_over, self.error = True, error
         self._wake()
+
+    async def write_waiting(self) -> None:
+        """Sends the messages that wait, and what comes meanwhile."""
+        log = self._log
+        while self.messages:
+            message = self.messages.popleft()
+            log.add(message)
+            log.is_writing = True
+            await self._reader.write(message)
+            log.is_writing = False
+            log.sent()
+            self._link.grant(self.id, 1 + self._num_taken)
+            self._num_taken = 0
 
     async def wait(self) -> None:
         """Returns once there is news."""
@@ -70,28 +117,20 @@ class _Arriving:
             self._waiter.set_result(None)
 
 
-async def relay(orchestrator: Orchestrator, head: bytes, deadline: Deadline, log: RelayLog, write: Write) -> None:
+async def relay(orchestrator: Orchestrator, head: bytes, deadline: Deadline, log: RelayLog, reader: Reader) -> None:
     """One attempt: sends the request, and its messages to the client until the end of the stream. What arrived before an error is sent
     before it is raised. Grants the link a message for each that the client took: a slow client slows its own stream and no other.
 
-    Raises the orchestrator's error, Unavailable where its link breaks, and what `write` raises; cancels at the orchestrator where it ends
+    Raises the orchestrator's error, Unavailable where its link breaks, and what `reader` raises; cancels at the orchestrator where it ends
     early. Enforces no deadline.
     """
-    sink, link = _Arriving(), orchestrator.link
-    id = link.send(head, (), deadline, sink)
+    link = orchestrator.link
+    sink = _Relay(link, log, reader)
+    sink.id = link.send(head, (), deadline, sink)
     orchestrator.begin()
-    messages = sink.messages
     try:
         while True:
-            while messages:
-                message = messages.popleft()
-                log.add(message)
-                log.is_writing = True
-                await write(message)
-                log.is_writing = False
-                if log.first_delta_s is None and log.num_messages > 1:
-                    log.first_delta_s = time.monotonic()
-                link.grant(id, 1)
+            await sink.write_waiting()
             if not sink.is_over:
                 await sink.wait()
             elif sink.error is None:
@@ -101,4 +140,4 @@ async def relay(orchestrator: Orchestrator, head: bytes, deadline: Deadline, log
     finally:
         orchestrator.end()
         if not sink.is_over:
-            link.cancel(id)
+            link.cancel(sink.id)

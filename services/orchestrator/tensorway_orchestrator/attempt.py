@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from tensorway.errors import TensorwayError
-from tensorway.transport.port import Payload
+from tensorway.transport.port import TOKEN_CREDIT, Payload
 from tensorway_orchestrator.pool import Group, SentBatch
 from tensorway_orchestrator.streams import Choice
+
+#: Tokens are granted so many at a time.
+_GRANT: Final = TOKEN_CREDIT // 2
 
 
 class AttemptListener(Protocol):
@@ -35,13 +38,18 @@ class Attempt:
     #: Whether it brought a token.
     has_progressed: bool = False
     is_over: bool = False
+    #: Token frames that are not granted yet.
+    _num_taken: int = 0
 
     def __post_init__(self) -> None:
         self.batch = self.group.begin(1, self.sent_s)
 
     def on_token(self, head: bytes) -> None:
-        # At once: what has come is kept here, and is bounded by the length of the answer.
-        self.group.link.grant(self.link_id, 1)
+        # Whoever reads them: what has come is kept here, and is bounded by the length of the answer.
+        self._num_taken += 1
+        if self._num_taken == _GRANT:
+            self._num_taken = 0
+            self.group.link.grant(self.link_id, _GRANT)
         self.listener.token(self, head)
 
     def on_reply(self, head: bytes, payload: Payload) -> None:

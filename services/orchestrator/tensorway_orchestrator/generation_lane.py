@@ -139,14 +139,16 @@ class GenerationLane:
             return
         num_tokens = len(piece.token_ids)
         if num_tokens or piece.is_finished:
-            attempt.has_progressed = True
-            choice.record.progressed()
+            if not attempt.has_progressed:
+                attempt.has_progressed = True
+                choice.record.progressed()
             self.metrics.said(num_tokens)
         if piece.is_finished:
             piece.sign(choice.record.num_attempts, attempt.group.id)
-        for each in pieces:
-            stream.log.offer(each)
-        self._flush(stream)
+        are_sent = [stream.say(each) for each in pieces]
+        # Not before: a flush ends a stream whose choices are finished.
+        if not all(are_sent):
+            self._flush(stream)
 
     def ended(self, attempt: Attempt, error: TensorwayError | None) -> None:
         """See `AttemptListener`."""

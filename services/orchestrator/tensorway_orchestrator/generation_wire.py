@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 
 from tensorway.errors import InvalidRequest
 from tensorway.signature import RevisionSpec
+from tensorway.tensor_message import varint
 from tensorway.v1 import inference_pb2, link_pb2
 from tensorway_orchestrator.prefixes import hash_blocks
 from tensorway_orchestrator.streams import Choice, Generation
@@ -20,37 +21,36 @@ _MAX_CHOICES: Final = 64
 #: Seeds drawn here survive a trip through JSON and JavaScript, whose integers end at 53 bits.
 _SEED_BITS: Final = 53
 _STREAM_ID_BYTES: Final = 16
+#: Tag of `GenerateResponse.sequence`, field 1 as a varint.
+_SEQUENCE_TAG: Final = b"\x08"
 
 
 class WirePiece:
-    """Implements `tensorway_orchestrator.transcript.Piece` on a GenerateResponse."""
+    """Implements `tensorway_orchestrator.transcript.Piece` on a GenerateResponse.
 
-    __slots__ = ("_message", "choice", "is_finished", "is_prompt", "is_text")
+    Most deltas leave as they came but for their number. Fields may come in any order on the wire, so it is added to the leader's bytes.
+    """
 
-    def __init__(self, message: inference_pb2.GenerateResponse) -> None:
+    __slots__ = ("_message", "_unchanged", "choice", "is_finished", "is_prompt", "is_text", "offset", "token_ids")
+
+    def __init__(self, message: inference_pb2.GenerateResponse, choice: int = 0, unchanged: bytes = b"") -> None:
+        """`unchanged` is the serialised message where it says all but its number, else empty."""
         self._message = message
-        self.choice = 0
+        self._unchanged = unchanged
+        self.choice: Final = choice
         kind = message.WhichOneof("event")
         self.is_finished: Final = kind == "finished"
-        self.is_prompt: Final = kind == "delta" and message.delta.is_prompt
-        self.is_text: Final = kind == "delta" and not self.is_prompt
-
-    @property
-    def offset(self) -> int:
-        return self._message.delta.offset
-
-    @property
-    def token_ids(self) -> Sequence[int]:
-        # A repeated field is a sequence, which its generated type does not say.
-        return cast(Sequence[int], self._message.delta.token_ids) if self.is_text else ()
-
-    def address(self, choice: int) -> None:
-        """Says which choice it belongs to: leaders know only one."""
-        self.choice = choice
-        if self.is_finished:
-            self._message.finished.choice = choice
-        else:
-            self._message.delta.choice = choice
+        self.is_prompt = self.is_text = False
+        self.offset = 0
+        self.token_ids: Sequence[int] = ()
+        if kind == "delta":
+            delta = message.delta
+            self.is_prompt = delta.is_prompt
+            self.is_text = not self.is_prompt
+            self.offset = delta.offset
+            if self.is_text:
+                # A repeated field is a sequence, which its generated type does not say.
+                self.token_ids = cast(Sequence[int], delta.token_ids)
 
     def sign(self, num_attempts: int, group: str) -> None:
         """Of a `finished`: says who finished it."""
@@ -62,23 +62,34 @@ class WirePiece:
         mine.token_ids.extend(others.token_ids)
         mine.logprobs.extend(others.logprobs)
         mine.text += others.text
+        self._unchanged = b""
 
     def write(self, sequence: int) -> bytes:
+        if self._unchanged:
+            return b"".join((self._unchanged, _SEQUENCE_TAG, varint(sequence)))
         self._message.sequence = sequence
         return self._message.SerializeToString()
 
 
 def read_piece(head: bytes, choice: int) -> WirePiece:
-    """A leader's token frame. Raises InvalidRequest where it is none."""
+    """A leader's token frame, of which it is said here whose it is: leaders know only one choice. Raises InvalidRequest where it
+    is none."""
     try:
         message = inference_pb2.GenerateResponse.FromString(head)
     except DecodeError as error:
         raise InvalidRequest("a token frame's head is not a GenerateResponse", field="head") from error
-    if message.WhichOneof("event") not in ("delta", "finished"):
+    kind = message.WhichOneof("event")
+    if kind == "delta":
+        # Choice 0 is what an unset field says; a number that the leader set would come twice.
+        delta = message.delta
+        if not choice and not delta.choice and not message.sequence:
+            return WirePiece(message, 0, head)
+        delta.choice = choice
+    elif kind == "finished":
+        message.finished.choice = choice
+    else:
         raise InvalidRequest("a leader's message is neither a delta nor `finished`", field="event")
-    piece = WirePiece(message)
-    piece.address(choice)
-    return piece
+    return WirePiece(message, choice)
 
 
 def started(generation: Generation, spec: RevisionSpec) -> WirePiece:

@@ -48,15 +48,21 @@ class MessageLog:
                 return
         self.waiting.append(piece)
 
+    def write(self, piece: Piece) -> bytes:
+        """The reader's next message is `piece`: the reader has all that came before it."""
+        message = piece.write(self.next_sequence)
+        self.messages.append(message)
+        self.num_bytes += len(message) + _MESSAGE_OVERHEAD_BYTES
+        self.next_sequence += 1
+        return message
+
     def next_message(self) -> bytes | None:
         """The reader's next message; None where there is none yet."""
         index = self.next_sequence - self.base
         if index == len(self.messages):
             if not self.waiting:
                 return None
-            message = self.waiting.pop(0).write(self.next_sequence)
-            self.messages.append(message)
-            self.num_bytes += len(message) + _MESSAGE_OVERHEAD_BYTES
+            return self.write(self.waiting.pop(0))
         self.next_sequence += 1
         return self.messages[index]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -79,6 +81,8 @@ class StreamMetrics:
         self._tokens = families.tokens.labels(model)
         self._restarts = families.restarts.labels(model)
         self._resumes = families.resumes.labels(model)
+        #: Tokens that are not counted yet.
+        self._num_said = 0
 
     def answered(self) -> None:
         self._ok.inc()
@@ -90,7 +94,14 @@ class StreamMetrics:
         self._queue_s.observe(queue_s)
 
     def said(self, num_tokens: int) -> None:
-        self._tokens.inc(num_tokens)
+        # A step's tokens come in one turn of the loop, and are counted together.
+        if not self._num_said and num_tokens:
+            asyncio.get_running_loop().call_soon(self._count_said)
+        self._num_said += num_tokens
+
+    def _count_said(self) -> None:
+        num_said, self._num_said = self._num_said, 0
+        self._tokens.inc(num_said)
 
     def restarted(self) -> None:
         self._restarts.inc()

@@ -113,6 +113,15 @@ class Stream:
         """Memory, about."""
         return self.log.num_bytes + len(self.generation.head) + sum(4 * len(choice.transcript.token_ids) for choice in self.choices)
 
+    def say(self, piece: Piece) -> bool:
+        """The reader's next message, sent at once where it has credit. False: a `flush` is due, as the message waits or may be the last."""
+        origin = self.origin
+        if origin is None or not origin.credit or not self.log.is_read:
+            self.log.offer(piece)
+            return False
+        origin.push(self.log.write(piece))
+        return not piece.is_finished
+
     def flush(self) -> bool:
         """Sends what the reader has credit for. True once all is said; the reader's exchange is then answered."""
         origin = self.origin

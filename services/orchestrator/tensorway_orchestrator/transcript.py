@@ -64,6 +64,7 @@ class Transcript:
         elif piece.is_text:
             if piece.offset != len(self.token_ids):
                 raise InvalidRequest(f"a delta begins at token {piece.offset}, not at {len(self.token_ids)}", field="delta.offset")
-            self.token_ids.extend(piece.token_ids)
+            for token_id in piece.token_ids:
+                self.token_ids.append(token_id)
         else:
             raise InvalidRequest("a message is neither a delta nor `finished`", field="event")

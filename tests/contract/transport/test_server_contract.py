@@ -243,6 +243,74 @@ async def test_a_stream_can_fail_after_messages(rig: Rig) -> None:
     assert await call.details() == "the step took too long"
 
 
+async def test_what_is_offered_comes_in_order_with_what_is_written(rig: Rig) -> None:
+    """A server may take no offer at all; what it takes is sent, and what it does not take was not sent."""
+    num_taken = 0
+
+    async def count(stream: Stream) -> None:
+        nonlocal num_taken
+        for number in range(500):
+            if stream.offer(b"%d" % number):
+                num_taken += 1
+            else:
+                await stream.write(b"%d" % number)
+            if number % 7 == 0:
+                await asyncio.sleep(0.001)
+
+    call = rig.grpc_channel(await rig.serve(stream=count)).unary_stream(STREAM)(b"")
+    assert [message async for message in call] == [b"%d" % number for number in range(500)]
+    assert await call.code() is grpc.StatusCode.OK
+    # The first comes with the initial metadata, and is as good as any.
+    assert num_taken > 50 or rig.implementation == "aio"
+
+
+async def test_a_client_that_does_not_read_is_offered_nothing_more(rig: Rig) -> None:
+    message, refused, went_on = bytes(1 << 19), asyncio.Event(), asyncio.Event()
+    num_messages = 1
+
+    async def flood(stream: Stream) -> None:
+        nonlocal num_messages
+        await stream.write(message)
+        while stream.offer(message):
+            num_messages += 1
+            assert num_messages < 1000
+            await asyncio.sleep(0.01)
+        refused.set()
+        await went_on.wait()
+        await stream.write(b"end")
+
+    call = rig.grpc_channel(await rig.serve(stream=flood)).unary_stream(STREAM)(b"")
+    await asyncio.wait_for(refused.wait(), TIMEOUT_S)
+    went_on.set()
+    assert [len(each) async for each in call] == [len(message)] * num_messages + [3]
+
+
+async def test_an_offer_to_a_client_that_went_away_is_refused(rig: Rig) -> None:
+    began, ended = asyncio.Event(), asyncio.Event()
+
+    async def talk(stream: Stream) -> None:
+        await stream.write(b"first")
+        gone = asyncio.Event()
+        stream.on_cancel(gone.set)
+        began.set()
+        try:
+            while not gone.is_set():
+                stream.offer(b"more")
+                await asyncio.sleep(0)
+        finally:
+            assert not stream.offer(b"too late")
+            ended.set()
+
+    endpoint = await rig.serve(stream=talk)
+    call = rig.grpc_channel(endpoint).unary_stream(STREAM)(b"")
+    assert await call.read() == b"first"
+    await asyncio.wait_for(began.wait(), TIMEOUT_S)
+    call.cancel()
+    await asyncio.wait_for(ended.wait(), TIMEOUT_S)
+    # The server is none the worse for it.
+    assert await rig.grpc_channel(endpoint).unary_unary(UNARY)(b"still", timeout=TIMEOUT_S) == b"still"
+
+
 async def test_a_taken_port_is_unavailable_and_named(rig: Rig) -> None:
     endpoint = await rig.serve()
     with pytest.raises(Unavailable, match=endpoint):

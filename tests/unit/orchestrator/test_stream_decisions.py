@@ -222,6 +222,23 @@ def test_logprobs_are_joined_with_their_tokens() -> None:
     assert [each.logprob for each in pb.GenerateResponse.FromString(one.write(3)).delta.logprobs] == [0, -1]
 
 
+@pytest.mark.parametrize("sequence", [0, 1, 127, 128, 300_000])
+@pytest.mark.parametrize(("said", "choice"), [(0, 0), (0, 3), (3, 0), (3, 3)])
+def test_a_delta_leaves_as_it_came_with_its_number_and_choice(sequence: int, said: int, choice: int) -> None:
+    top = pb.TokenLogprob(logprob=-0.5, top=[pb.TopLogprob(token_id=9, logprob=-0.25)])
+    message = pb.GenerateResponse(delta=pb.Delta(choice=said, offset=300, token_ids=[0, 70_000], text="é", logprobs=[top, top]))
+    piece = read_piece(message.SerializeToString(), choice)
+    message.delta.choice, message.sequence = choice, sequence
+    assert pb.GenerateResponse.FromString(piece.write(sequence)) == message
+    assert (piece.choice, piece.offset, list(piece.token_ids)) == (choice, 300, [0, 70_000])
+
+
+def test_a_number_that_a_leader_set_is_replaced() -> None:
+    message = pb.GenerateResponse(sequence=7, delta=pb.Delta(token_ids=[1], text="a"))
+    message_bytes = read_piece(message.SerializeToString(), 0).write(0)
+    assert pb.GenerateResponse.FromString(message_bytes) == pb.GenerateResponse(delta=message.delta)
+
+
 def test_a_log_begins_where_the_lost_orchestrator_stopped() -> None:
     log = MessageLog(base=7, next_sequence=7)
     log.offer(delta(0, 1))

@@ -30,7 +30,7 @@ class GenerationServicer:
         arrived_s = time.monotonic()
         if message is None:
             raise InvalidRequest("Generate needs exactly one request message", field="request")
-        await self._path.run(self._read(message, arrived_s), stream, stream.write)
+        await self._path.run(self._read(message, arrived_s), stream, stream)
 
     def _read(self, message: bytes, arrived_s: float) -> GenerationArrival:
         try:

@@ -79,6 +79,10 @@ class OipGeneration:
             }
             await self._send(self._response([], told).SerializeToString())
 
+    def offer(self, message: bytes) -> bool:
+        """None is taken at once: generations share one stream, and each message becomes another."""
+        return False
+
     def _response(self, outputs: list[tuple[str, tuple[int, ...]]], parameters: Mapping[str, Value]) -> Any:
         tensor = grpc_service_pb2.ModelInferResponse.InferOutputTensor
         response = grpc_service_pb2.ModelInferResponse(

@@ -154,7 +154,7 @@ class _Conversation:
 
     async def _generate(self, generation: OipGeneration, request: grpc_service_pb2.ModelInferRequest, version: str) -> None:
         try:
-            await self._generations.run(generation.arrival, _Part(self._stream), generation.write)
+            await self._generations.run(generation.arrival, _Part(self._stream), generation)
         except TensorwayError as error:
             await self._write(await self._failed(error, request, version))
         finally:
