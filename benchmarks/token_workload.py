@@ -18,7 +18,7 @@ NEW_TOKENS: Final = 64
 #: Of a prompt, shortest and longest.
 PROMPT_TOKENS: Final = (34, 49)
 #: Streams at once -> answers that each of them takes, one after the other.
-ROUNDS: Final = {1: 4, 4: 3, 16: 3, 64: 2}
+ROUNDS: Final = {1: 3, 4: 2, 16: 2, 64: 1}
 
 
 def prompts(count: int, seed: int = 1, tokens: tuple[int, int] = PROMPT_TOKENS) -> list[list[int]]:

@@ -37,7 +37,8 @@ def bare(kind: str, directory: Path, concurrencies: tuple[int, ...] = ()) -> Any
     """What `benchmarks.bare_generation` prints."""
     threads = str(os.cpu_count() or 1)
     command = [sys.executable, "-m", "benchmarks.bare_generation", kind, str(directory), threads, *map(str, concurrencies)]
-    environment = {**os.environ, **MALLOC_SETTINGS, "OMP_NUM_THREADS": threads}
+    # The engine has the memory settings that a rank has; transformers runs as its users run it.
+    environment = {**os.environ, **(MALLOC_SETTINGS if kind == "engine" else {}), "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
     found = json.loads(done.stdout.splitlines()[-1])
     print(f"bare {kind}: {found}", flush=True)
