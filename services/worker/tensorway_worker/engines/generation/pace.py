@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 #: A step with pieces of prompts may take this many times what its answers alone would take.
-STRETCH: Final = 2.5
+STRETCH: Final = 2.0
 #: Prompts get on by at least so many tokens a step.
 MIN_PREFILL_TOKENS: Final = 8
 #: What a measurement counts once the next has come.
