@@ -39,6 +39,14 @@ def test_drawn_answers_do_not_depend_on_their_neighbours(tmp_path: Path) -> None
     assert together == [answers(engine, [prompt], 15, sampling=[way])[0] for prompt, way in zip(asked, ways, strict=True)]
 
 
+def test_steps_as_graphs_draw_the_same(tmp_path: Path) -> None:
+    asked = prompts(12, 40)
+    settings = made(tmp_path / "plain").yaml.settings
+    graphs = opened(tmp_path / "graphs", "cuda:0", settings={**settings, "cuda_graphs": True})
+    assert graphs._graphs is not None
+    assert answers(graphs, asked, 30) == answers(opened(tmp_path / "plain", "cuda:0"), asked, 30)
+
+
 def test_bfloat16_answers(tmp_path: Path) -> None:
     found = answers(opened(tmp_path, "cuda:0", weights_dtype="bfloat16"), prompts(6, 40), 20)
     assert all(len(one) == 20 for one in found)

@@ -1,6 +1,7 @@
 """A transformers language model as a rank of a generating group runs it: one step of many answers at once, and the draw after it.
 
-Settings: `task: generation`, and those of the engine `transformers` that say where the model comes from.
+Settings: `task: generation`; `cuda_graphs: true` runs decode steps of a whole model on a CUDA device as graphs; and those of the engine
+`transformers` that say where the model comes from.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tensorway.model import Inputs, Outputs
 from tensorway.model_directory import ModelDirectory
 from tensorway_worker.engines.cut.assembly import Uncut
 from tensorway_worker.engines.generation.attention import NAME, KeyValueCache, attend, attending, no_mask
+from tensorway_worker.engines.generation.graphs import DecodeGraphs
 from tensorway_worker.engines.generation.layout import DRAWING, StepLayout, carried
 from tensorway_worker.engines.generation.packing import pack
 from tensorway_worker.engines.generation.requests import Sampling
@@ -57,6 +59,7 @@ class GenerationEngine(TransformersEngine):
         self._cache: KeyValueCache | None = None
         self._seen_whole: torch.Tensor | None = None
         self.dimensions = Dimensions(0, self._generation.block_tokens, 0, 0)
+        self._graphs: DecodeGraphs | None = None
         #: Of weights that only exist in oneDNN's own order.
         self._packed_bytes = 0
         #: Of the leader, once it is loaded.
@@ -66,6 +69,7 @@ class GenerationEngine(TransformersEngine):
         super().load()
         with torch.inference_mode(False), torch.no_grad():
             self._packed_bytes = pack(self._model)
+        self._graphs = self._open_graphs()
         if self._cut is None or (self._cut.place.is_first and not self._cut.place.shard):
             self.text = read_text_side(self._pretrained.files, str(self._settings.get("weights", "")))
 
@@ -76,21 +80,43 @@ class GenerationEngine(TransformersEngine):
         transformers.AttentionMaskInterface.register(NAME, no_mask)
         model.set_attn_implementation(NAME)
         self.dimensions = _dimensions(model, self._generation)
-        places = self.dimensions.num_blocks * self.dimensions.block_tokens
+        # One more than all blocks have, for rows of a step that nobody asked for (`graphs.py`).
+        places = self.dimensions.num_blocks * self.dimensions.block_tokens + 1
         self._cache = KeyValueCache(places, is_touched=bool(self._directory.yaml.memory_limit_mb))
         # Four dimensions are taken as they are: transformers makes no mask of its own.
         self._seen_whole = torch.ones((1, 1, 1, 1), device=self.device)
 
     def _whole(self, inputs: Inputs) -> Outputs:
         carry = cast("dict[str, torch.Tensor]", inputs)
+        # As many draws as tokens: every row brings one token and draws after it.
+        if self._graphs is not None and carry["input_ids"].shape[1] == len(carry[DRAWING]):
+            logits = self._graphs.logits(inputs)
+        else:
+            layout = StepLayout.of(inputs, self.dimensions.block_tokens, torch.device(self.device))
+            ids, positions, drawing = (carry[name].to(self.device) for name in ("input_ids", "position_ids", DRAWING))
+            logits = self._forward(ids, positions, drawing, layout)[0]
+        return cast("Outputs", sample(logits, SamplingRows.from_tensors(carry)).to_tensors())
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, drawing: torch.Tensor, layout: StepLayout) -> torch.Tensor:
+        """Token ids and positions [1, tokens] -> logits after the tokens at `drawing`, [1, drawing, vocabulary]."""
         if self._cache is None:
             raise FailedPrecondition("the model is not loaded")
-        with attending(self._cache, StepLayout.of(inputs, self.dimensions.block_tokens, torch.device(self.device))):
-            result = self._model(
-                input_ids=carry["input_ids"].to(self.device), position_ids=carry["position_ids"].to(self.device),
-                attention_mask=self._seen_whole, use_cache=False, logits_to_keep=carry[DRAWING].to(self.device),
+        with attending(self._cache, layout):
+            logits: torch.Tensor = self._model(
+                input_ids=ids, position_ids=positions, attention_mask=self._seen_whole, use_cache=False, logits_to_keep=drawing
+            ).logits
+        return logits
+
+    def _open_graphs(self) -> DecodeGraphs | None:
+        """Where model.yaml asks for them: graphs of a whole model on a CUDA device, whose layers all see as far as each other."""
+        if not self._settings.get("cuda_graphs") or self._cut is not None or not self.device.startswith("cuda"):
+            return None
+        if getattr(self._model.config.get_text_config(), "sliding_window", None):
+            raise FailedPrecondition(
+                "settings.cuda_graphs: layers with a sliding window cannot be captured; leave it out", field="settings"
             )
-        return cast("Outputs", sample(result.logits[0], SamplingRows.from_tensors(carry)).to_tensors())
+        device, spare = torch.device(self.device), self.dimensions.num_blocks * self.dimensions.block_tokens
+        return DecodeGraphs(self._forward, device, self._model.dtype, self.dimensions.block_tokens, spare)
 
     def uncut(self, rows: int = 0) -> Uncut:
         # Nearly all steps advance answers by a token each: those are to take as long in every stage.

@@ -69,6 +69,10 @@ class OneToken:
     longest: int
     _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
+    def set_mask(self, mask: torch.Tensor) -> None:
+        """Has `mask` taken as it is, for layers without a window."""
+        self._masks[None] = mask
+
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         """What is added to the scores: 0 or minus infinity, [rows, 1, 1, longest]; None where every token sees all."""
         if window not in self._masks:
