@@ -96,7 +96,7 @@ def test_logits_are_differentiable() -> None:
 
 
 def test_every_task_names_a_class_of_transformers() -> None:
-    assert {"embedding", "classification", "causal-lm"} == TASKS.keys()
+    assert {"embedding", "classification", "causal-lm", "generation"} == TASKS.keys()
     for name, task in TASKS.items():
         assert task.name == name and task_of({"task": name}) is task
         assert hasattr(getattr(transformers, task.auto), "from_pretrained")
@@ -105,7 +105,7 @@ def test_every_task_names_a_class_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "settings.task must be one of embedding, classification, causal-lm, got None"),
+        ({}, "settings.task must be one of embedding, classification, causal-lm, generation, got None"),
         ({"task": "poetry"}, "got 'poetry'"),
         ({"task": ["embedding"]}, "got "),
         ({"task": "causal-lm", "positions": "first"}, "settings.positions must be all or last"),
