@@ -116,7 +116,7 @@ class Bench:
         self.stack.push_async_callback(server.stop, 0.0)
         metadata = {"model": "echo", "revision": REVISION, "epoch": str(epoch), "node": "n", "max_rows": "8"}
         leader.lease = await self.registry.register(Registration(GROUP, name, endpoint, metadata))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             while f"{name}#{epoch}" not in self.dispatcher.lane("echo", "").groups or not self.has_room(f"{name}#{epoch}"):
                 await asyncio.sleep(0.005)
         return leader
@@ -157,7 +157,7 @@ async def orchestrator_bench(tmp_path: Path, spec: RevisionSpec = ECHO, **settin
             stack.callback(task.cancel)
         stack.callback(dispatcher.close)
         await link.wait_connected(Deadline.after(10.0))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             while not dispatcher.knows("echo"):
                 await asyncio.sleep(0.005)
         yield Bench(registry, dispatcher, pool, link, endpoint, stack)

@@ -1,8 +1,7 @@
 """Weights of linear layers in the order in which oneDNN reads them.
 
-torch hands oneDNN a weight as it lies, and a step of few tokens spends more on walking through it than on the products. Laid out once, at
-load, a decode step of 16 answers takes four fifths of the time (`python -m benchmarks.bare_generation`). Only for layers on the CPU, of
-the types that oneDNN has kernels for.
+torch hands oneDNN a weight as it lies, and a step of few tokens spends more on walking through it than on the products. So it is laid out
+once, at load. Only for layers on the CPU, of the types that oneDNN has kernels for.
 """
 
 from __future__ import annotations
