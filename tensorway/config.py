@@ -43,6 +43,7 @@ class ServiceSettings(BaseSettings):
     ops_listen: str = Field("127.0.0.1:0", description="HTTP endpoint for /healthz, /readyz and /metrics; `off` for none.")
     registry: str = Field(default_factory=default_registry, description="Registry: directory:PATH.")
     id: str = Field("", description="Name of this instance, unique in the mesh; default: made from host and process id.")
+    zone: str = Field("", description="Where this instance runs, e.g. a rack or an availability zone; near groups are preferred.")
     transport: Literal["completion-queue", "aio"] = Field(
         "completion-queue", description="gRPC server implementation: the fast one, or grpc.aio's portable one."
     )

@@ -161,6 +161,8 @@ class _Lifecycle:
         if registration is None:
             return None
         metadata = {"pid": str(os.getpid()), **registration.metadata}
+        if self.settings.zone:
+            metadata["zone"] = self.settings.zone
         if ops is not None:
             metadata["ops"] = dialable(ops.endpoint, self.settings.advertise_host)
         return await registry.register(Registration(registration.kind, registration.id or self.instance, registration.endpoint, metadata))

@@ -198,6 +198,9 @@ class _DirectoryLease:
         self._leases.discard(self)
         await asyncio.to_thread(self._held.release)
 
+    async def wait_lost(self) -> None:
+        await asyncio.Event().wait()  # the kernel takes a lock from nobody who lives
+
 
 def _file_name(key: str) -> str:
     return quote(key, safe="")

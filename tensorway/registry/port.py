@@ -44,6 +44,10 @@ class Lease(Protocol):
     async def release(self) -> None:
         """Gives it up at once; releasing twice is harmless."""
 
+    async def wait_lost(self) -> None:
+        """Returns once the right is gone though nobody gave it up: another holds the claim, after an outage or a pause of this process. A
+        registration comes back by itself and is never lost; nor is what a directory holds, whose locks fall with their owner only."""
+
 
 class Registry(Protocol):
     """Use as an async context manager, or call `close`; closing releases every lease taken through it."""

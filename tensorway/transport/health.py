@@ -12,15 +12,17 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from tensorway.errors import InvalidRequest, NotFound
 from tensorway.transport.port import Call, Server, Stream
 
+#: A name that is SERVING for as long as the process lives, whether it is ready or not: what a registry asks for, and a liveness probe.
+LIVENESS: Final = "tensorway.liveness"
 _CHECK: Final = "/grpc.health.v1.Health/Check"
 _WATCH: Final = "/grpc.health.v1.Health/Watch"
 
 
 class HealthService:
-    """The health of named services; "" is the whole server. All start as NOT_SERVING. Lives in one loop."""
+    """The health of named services; "" is the whole server. All start as NOT_SERVING, but for `LIVENESS`. Lives in one loop."""
 
     def __init__(self, service_names: Iterable[str] = ()) -> None:
-        self._is_serving = dict.fromkeys(("", *service_names), False)
+        self._is_serving = {**dict.fromkeys(("", *service_names), False), LIVENESS: True}
         self._watchers: set[asyncio.Event] = set()
         self._has_shut_down = False
 

@@ -68,7 +68,7 @@ def _launch(
         model_path=str(directory.path), model=orders.model, revision=orders.revision, group=orders.group, epoch=orders.epoch,
         rank=orders.first_rank + local_rank, world_size=orders.pipeline * orders.tensor,
         pipeline=orders.pipeline, tensor=orders.tensor, node=node, registry=settings.registry,
-        listen=settings.rank_listen, advertise_host=settings.advertise_host,
+        listen=settings.rank_listen, advertise_host=settings.advertise_host, zone=settings.zone,
         threads=threads_per_rank(os.cpu_count() or 1, orders.num_ranks, directory.yaml.threads or settings.threads),
         # CUDA_VISIBLE_DEVICES puts its own device first.
         device="cuda:0" if is_cuda else "cpu", num_devices=len(devices) if is_cuda else 0,

@@ -73,7 +73,10 @@ class Endpoint:
             "node": launch.node,
             "max_rows": str(self._spec.batching.max_rows),
             "pid": str(os.getpid()),
+            "capacity": str(self._spec.generation.max_sequences if self._spec.generation else self._spec.batching.max_rows),
         }
+        if launch.zone:
+            metadata["zone"] = launch.zone
         self._show_health(True)
         self._lease = await self._registry.register(Registration(GROUP, launch.group, endpoint, metadata))
         _LOG.info("serving", extra={"fields": {"endpoint": endpoint, "model": launch.model, "epoch": launch.epoch}})

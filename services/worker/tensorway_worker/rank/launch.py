@@ -74,6 +74,8 @@ class RankLaunch:
     num_devices: int = 0
     #: Folder of an adaptation's job, whose ranks train instead of serving; empty for all others.
     adapt: str = ""
+    #: Where the node runs; see the setting `zone`.
+    zone: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
