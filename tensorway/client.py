@@ -20,6 +20,7 @@ from typing import Any, Final, Self, Unpack
 from tensorway.arrays import to_tensor
 from tensorway.client_attempts import Attempts
 from tensorway.client_generate import GenerateOptions, Generation, Prompt, generate, generate_async, text_of, text_of_async
+from tensorway.client_rota import AsyncChannels, BlockingChannels, endpoints_of
 from tensorway.deadline import DEFAULT_TIMEOUT_S, Deadline
 from tensorway.errors import DeadlineExceeded, InvalidRequest, TensorwayError, Unavailable
 from tensorway.explaining import Explain
@@ -38,7 +39,7 @@ from tensorway.results import (
 )
 from tensorway.tensor_message import tensor_field
 from tensorway.tensors import Buffer
-from tensorway.transport import AsyncChannel, BlockingChannel, UnaryReply
+from tensorway.transport import UnaryReply
 from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES
 from tensorway.v1 import inference_pb2, mesh_pb2, model_pb2
 
@@ -71,7 +72,8 @@ class _Calls:
     as_torch: bool
 
     def begin(self, timeout_s: float | None) -> Attempts:
-        return Attempts(Deadline.after(self.timeout_s if timeout_s is None else timeout_s), self.retries)
+        deadline = Deadline.after(self.timeout_s if timeout_s is None else timeout_s)
+        return Attempts(deadline, self.retries, num_spares=self.endpoint.count(","))
 
     def generation(self, model: str, prompt: Prompt, options: GenerateOptions) -> Generation:
         """One call of Generate. Raises InvalidRequest for what cannot be sent."""
@@ -79,14 +81,15 @@ class _Calls:
 
     def infer_request(
         self, model: str, inputs: Mapping[str, Any], outputs: Sequence[str] | None, revision: str, request_id: str,
-        parameters: Parameters | None, priority: int,
+        parameters: Parameters | None, priority: int, idempotency_key: str,
     ) -> bytes:
         """A serialised InferRequest. Raises InvalidRequest for what cannot be sent."""
         if isinstance(outputs, str):
             raise InvalidRequest(f"outputs: give a list of names, not the string {outputs!r}", field="outputs")
         try:
             request = inference_pb2.InferRequest(
-                model=model, revision=revision, request_id=request_id, output_names=outputs or (), priority=priority
+                model=model, revision=revision, request_id=request_id, output_names=outputs or (), priority=priority,
+                idempotency_key=idempotency_key,
             )
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"request: {error}", field="request") from error
@@ -113,9 +116,9 @@ class _Calls:
 
 
 class Client:
-    """A client of one gateway; may be shared between threads. Close it, or use it as a context manager.
+    """A client of a mesh; may be shared between threads. Close it, or use it as a context manager.
 
-    `timeout_s` is the deadline of a call that sets none; `retries` the attempts after the first; `metadata` goes with every call; with
+    `endpoint` is a gateway's, or those of several joined by commas: calls go round them, and past one that does not answer. `timeout_s` is the deadline of a call that sets none; `retries` the attempts after the first; `metadata` goes with every call; with
     `as_torch`, results hold torch tensors.
     """
 
@@ -124,15 +127,16 @@ class Client:
         as_torch: bool = False, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         self._calls = _Calls(endpoint, timeout_s, retries, as_torch)
-        self._channel = BlockingChannel(endpoint, max_message_bytes=max_message_bytes, metadata=_pairs(metadata))
+        self._channel = BlockingChannels(endpoints_of(endpoint), max_message_bytes=max_message_bytes, metadata=_pairs(metadata))
 
     def infer(
         self, model: str, inputs: Mapping[str, Any], *, outputs: Sequence[str] | None = None, revision: str = "", request_id: str = "",
-        parameters: Parameters | None = None, priority: int = 0, timeout_s: float | None = None,
+        parameters: Parameters | None = None, priority: int = 0, idempotency_key: str = "", timeout_s: float | None = None,
     ) -> InferResult:
         """Runs one request. See `tensorway.arrays.to_tensor` for what an input may be. `outputs` None returns all; higher `priority`
-        (-100 to 100) goes first; `revision` is a content hash or a prefix of 8 or more digits."""
-        message = self._calls.infer_request(model, inputs, outputs, revision, request_id, parameters, priority)
+        (-100 to 100) goes first; `revision` is a content hash or a prefix of 8 or more digits; with an
+        `idempotency_key`, asking again gets the answer of the first run."""
+        message = self._calls.infer_request(model, inputs, outputs, revision, request_id, parameters, priority, idempotency_key)
         return self._calls.infer_result(self._unary(_INFER, message, timeout_s))
 
     def explain(
@@ -198,17 +202,18 @@ class AsyncClient:
         as_torch: bool = False, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         self._calls = _Calls(endpoint, timeout_s, retries, as_torch)
+        self._endpoints = endpoints_of(endpoint)
         self._max_message_bytes = max_message_bytes
         self._metadata = _pairs(metadata)
         #: Made on first use: it belongs to the loop that runs then.
-        self._channel: AsyncChannel | None = None
+        self._channel: AsyncChannels | None = None
 
     async def infer(
         self, model: str, inputs: Mapping[str, Any], *, outputs: Sequence[str] | None = None, revision: str = "", request_id: str = "",
-        parameters: Parameters | None = None, priority: int = 0, timeout_s: float | None = None,
+        parameters: Parameters | None = None, priority: int = 0, idempotency_key: str = "", timeout_s: float | None = None,
     ) -> InferResult:
         """See `Client.infer`."""
-        message = self._calls.infer_request(model, inputs, outputs, revision, request_id, parameters, priority)
+        message = self._calls.infer_request(model, inputs, outputs, revision, request_id, parameters, priority, idempotency_key)
         return self._calls.infer_result(await self._unary(_INFER, message, timeout_s))
 
     async def explain(
@@ -257,9 +262,9 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def _open(self) -> AsyncChannel:
+    def _open(self) -> AsyncChannels:
         if self._channel is None:
-            self._channel = AsyncChannel(self._calls.endpoint, max_message_bytes=self._max_message_bytes, metadata=self._metadata)
+            self._channel = AsyncChannels(self._endpoints, max_message_bytes=self._max_message_bytes, metadata=self._metadata)
         return self._channel
 
     async def _unary(self, method: str, message: bytes, timeout_s: float | None) -> UnaryReply:

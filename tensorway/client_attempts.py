@@ -20,10 +20,14 @@ class Attempts:
     deadline: Deadline
     num_left: int
     num_failed: int = 0
+    #: Other endpoints that can be asked: the first attempts after a loss go there, and need no pause.
+    num_spares: int = 0
 
     def pause_s(self, error: TensorwayError) -> float:
         """Seconds to wait before the next attempt. Raises `error` where there is none: not curable, no attempt or no time left."""
         pause_s: float = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self.num_failed) * random.uniform(0.5, 1.0)
+        if self.num_failed < self.num_spares:
+            pause_s = 0.0
         pause_s = max(pause_s, error.retry_after_s)
         if not error.is_retryable or self.num_left == 0 or self.deadline.remaining_s() <= pause_s:
             raise error

@@ -9,9 +9,9 @@ from contextlib import aclosing, closing
 from typing import Any, Final, TypedDict
 
 from tensorway.client_attempts import Attempts
+from tensorway.client_rota import AsyncChannels, BlockingChannels
 from tensorway.errors import InternalError, InvalidRequest, NotFound, TensorwayError
 from tensorway.results import ChatMessage, Delta, GenerationEvent, Started, read_event
-from tensorway.transport import AsyncChannel, BlockingChannel
 from tensorway.v1 import inference_pb2
 
 _GENERATE: Final = "/tensorway.v1.InferenceService/Generate"
@@ -99,7 +99,7 @@ class Generation:
         return pause_s
 
 
-def generate(channel: BlockingChannel, generation: Generation, sleep: Callable[[float], None]) -> Generator[GenerationEvent]:
+def generate(channel: BlockingChannels, generation: Generation, sleep: Callable[[float], None]) -> Generator[GenerationEvent]:
     """The events of one call, over as many connections as it takes; `sleep` waits between two. Closing it cancels the call."""
     while True:
         stream = channel.server_stream(_GENERATE, *generation.begin())
@@ -116,7 +116,7 @@ def generate(channel: BlockingChannel, generation: Generation, sleep: Callable[[
         sleep(pause_s)
 
 
-async def generate_async(channel: AsyncChannel, generation: Generation) -> AsyncGenerator[GenerationEvent]:
+async def generate_async(channel: AsyncChannels, generation: Generation) -> AsyncGenerator[GenerationEvent]:
     """`generate` for asyncio."""
     while True:
         stream = channel.server_stream(_GENERATE, *generation.begin())

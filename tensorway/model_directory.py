@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tensorway.errors import FailedPrecondition
 from tensorway.generation import GenerationYaml
+from tensorway.resilience import FallbackYaml, HedgingYaml, ScalingYaml
 from tensorway.signature import ROWS, Batching, Padding, RevisionSpec, Signature, TensorSpec
 from tensorway.tensors import DataType
 from tensorway.torchserve_keys import translated
@@ -132,6 +133,12 @@ class ModelYaml(_Strict):
     batching: BatchingYaml = BatchingYaml()
     #: Set: the model generates tokens; see `tensorway.generation`.
     generation: GenerationYaml | None = None
+    #: Set: late requests are sent to a second group, too.
+    hedging: HedgingYaml | None = None
+    #: Who answers when this model cannot.
+    fallback: FallbackYaml | None = None
+    #: Set: the mesh chooses the number of replicas; `replicas` is what it begins with.
+    scaling: ScalingYaml | None = None
     files: tuple[FileYaml, ...] = ()
     parallel: ParallelYaml = ParallelYaml()
     replicas: Annotated[int, Field(ge=0)] = 1
@@ -157,6 +164,13 @@ class ModelYaml(_Strict):
                 raise ValueError(f"{kind}: names must be unique, got {names}")
         if self.generation is not None and self.engine != "transformers":
             raise ValueError(f"generation: engine {self.engine} generates no tokens; transformers does")
+        if self.fallback is not None and self.fallback.model == self.name and not self.fallback.revision:
+            raise ValueError("fallback: a model cannot answer for itself; name another model, or another revision of this one")
+        if self.generation is not None and self.hedging is not None:
+            raise ValueError("hedging: a model that generates is not hedged; a stream outlives its group as it is")
+        scaling = self.scaling
+        if scaling is not None and not scaling.min_replicas <= self.replicas <= scaling.max_replicas:
+            raise ValueError(f"replicas: {self.replicas} is not within scaling's {scaling.min_replicas} to {scaling.max_replicas}")
         by_name = {spec.name: spec for spec in self.inputs}
         for name in self.batching.padding:
             spec = by_name.get(name)
@@ -252,4 +266,7 @@ def _spec(model: ModelYaml, revision: str) -> RevisionSpec:
         num_replicas=model.replicas,
         default_timeout_s=model.default_timeout_s,
         generation=None if model.generation is None else model.generation.limits,
+        hedging=None if model.hedging is None else model.hedging.rule,
+        fallback=None if model.fallback is None else model.fallback.rule,
+        scaling=None if model.scaling is None else model.scaling.rule,
     )

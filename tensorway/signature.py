@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tensorway.generation import GenerationLimits
+from tensorway.resilience import Fallback, Hedging, Scaling
 from tensorway.tensors import DataType
 
 #: Name of the batch dimension.
@@ -91,3 +92,9 @@ class RevisionSpec:
     default_timeout_s: float
     #: None: the model does not generate tokens.
     generation: GenerationLimits | None = None
+    #: None: late requests are not hedged.
+    hedging: Hedging | None = None
+    #: None: nobody answers for this model.
+    fallback: Fallback | None = None
+    #: None: only people choose the number of replicas.
+    scaling: Scaling | None = None

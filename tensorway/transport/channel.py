@@ -109,10 +109,13 @@ class BlockingStream:
 class AsyncChannel:
     """RPCs to one endpoint (`host:port` or `unix:path`). Connects on first use, and again after a lost connection. Close it when done."""
 
-    def __init__(self, endpoint: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, metadata: Metadata = ()) -> None:
+    def __init__(
+        self, endpoint: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, metadata: Metadata = (), is_one_of_many: bool = False
+    ) -> None:
+        """`is_one_of_many`: another endpoint can be asked, so that a silent one is given up within two seconds."""
         self.endpoint = endpoint
         self._metadata = tuple(metadata)
-        self._channel: Any = grpc.aio.insecure_channel(endpoint, options=_arguments(max_message_bytes))
+        self._channel: Any = grpc.aio.insecure_channel(endpoint, options=_arguments(max_message_bytes, is_one_of_many))
         self._methods: dict[str, Any] = {}
 
     async def unary(self, method: str, request: bytes, timeout_s: float | None, metadata: Metadata = ()) -> UnaryReply:
@@ -146,10 +149,13 @@ class AsyncChannel:
 class BlockingChannel:
     """`AsyncChannel` for code without a loop; safe to share between threads."""
 
-    def __init__(self, endpoint: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, metadata: Metadata = ()) -> None:
+    def __init__(
+        self, endpoint: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, metadata: Metadata = (), is_one_of_many: bool = False
+    ) -> None:
+        """`is_one_of_many`: another endpoint can be asked, so that a silent one is given up within two seconds."""
         self.endpoint = endpoint
         self._metadata = tuple(metadata)
-        self._channel: Any = grpc.insecure_channel(endpoint, options=_arguments(max_message_bytes))
+        self._channel: Any = grpc.insecure_channel(endpoint, options=_arguments(max_message_bytes, is_one_of_many))
         self._methods: dict[str, Any] = {}
 
     def unary(self, method: str, request: bytes, timeout_s: float | None, metadata: Metadata = ()) -> UnaryReply:
@@ -188,12 +194,20 @@ async def check_health(endpoint: str, service: str, timeout_s: float) -> str:
     return status
 
 
-def _arguments(max_message_bytes: int) -> list[tuple[str, int]]:
+def _arguments(max_message_bytes: int, is_one_of_many: bool) -> list[tuple[str, int]]:
+    arguments = [("grpc.max_receive_message_length", max_message_bytes), ("grpc.max_send_message_length", max_message_bytes)]
+    if not is_one_of_many:
+        return [*arguments, ("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 5_000)]
     return [
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
+        *arguments,
+        ("grpc.keepalive_time_ms", 1_000),
+        ("grpc.keepalive_timeout_ms", 1_000),
+        ("grpc.http2.ping_timeout_ms", 1_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Also how long an attempt to connect may take: core would wait 20 s for a host that drops packets.
+        ("grpc.min_reconnect_backoff_ms", 1_000),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
 
 

@@ -12,8 +12,8 @@ OPEN: Final = "/tensorway.v1.LinkService/Open"
 
 #: A silently dead peer is noticed after at most the two together. Core also pings of its own accord, to measure bandwidth, and a
 #: keepalive ping waits for such a one: its limit (a minute by default) must be as short.
-KEEPALIVE_TIME_MS: Final = 2_000
-KEEPALIVE_TIMEOUT_MS: Final = 3_000
+KEEPALIVE_TIME_MS: Final = 1_000
+KEEPALIVE_TIMEOUT_MS: Final = 1_000
 
 
 class WireEvents(Protocol):

@@ -56,7 +56,7 @@ def server_arguments(options: ServerOptions) -> tuple[tuple[str, int], ...]:
         ("grpc.max_receive_message_length", options.max_message_bytes),
         # Replies are checked before they are sent, so that the client reads a sentence of ours.
         ("grpc.max_send_message_length", -1),
-        # A link pings its peer every two seconds, with or without requests; anything much faster is a flood.
+        # A link pings its peer every second, with or without requests; anything much faster is a flood.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
         ("grpc.http2.min_ping_interval_without_data_ms", 500),

@@ -71,7 +71,7 @@ class _Opened(MessageProtocol):
     @property
     def is_quiet(self) -> bool:
         """True once the peer has left a sign of life unanswered for the whole time it has."""
-        return self._num_unanswered * KEEPALIVE_TIME_MS > KEEPALIVE_TIMEOUT_MS
+        return self._num_unanswered * KEEPALIVE_TIME_MS >= KEEPALIVE_TIMEOUT_MS
 
     def ask(self) -> None:
         """Asks for a sign of life."""

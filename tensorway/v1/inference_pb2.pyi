@@ -42,7 +42,7 @@ FINISH_REASON_STOP_TOKEN: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class InferRequest(_message.Message):
-    __slots__ = ("model", "revision", "request_id", "inputs", "output_names", "parameters", "priority")
+    __slots__ = ("model", "revision", "request_id", "inputs", "output_names", "parameters", "priority", "idempotency_key")
     class ParametersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class InferRequest(_message.Message):
     OUTPUT_NAMES_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: str
     request_id: str
@@ -64,7 +65,8 @@ class InferRequest(_message.Message):
     output_names: _containers.RepeatedScalarFieldContainer[str]
     parameters: _containers.MessageMap[str, _tensor_pb2.Parameter]
     priority: int
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., request_id: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., output_names: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., priority: _Optional[int] = ...) -> None: ...
+    idempotency_key: str
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., request_id: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., output_names: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., priority: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class InferResponse(_message.Message):
     __slots__ = ("model", "revision", "request_id", "outputs", "parameters")

@@ -26,7 +26,7 @@ from tensorway.v1 import inference_pb2 as tensorway_dot_v1_dot_inference__pb2
 from tensorway.v1 import tensor_pb2 as tensorway_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensorway/v1/link.proto\x12\x0ctensorway.v1\x1a\x1ctensorway/v1/inference.proto\x1a\x19tensorway/v1/tensor.proto\"\x1d\n\x0bOpenRequest\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x0c\"\x1e\n\x0cOpenResponse\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x0c\"c\n\nTensorHead\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05\x64type\x18\x02 \x01(\x0e\x32\x16.tensorway.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"\x89\x04\n\x0bRequestHead\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12(\n\x06inputs\x18\x06 \x03(\x0b\x32\x18.tensorway.v1.TensorHead\x12\x14\n\x0coutput_names\x18\x07 \x03(\t\x12=\n\nparameters\x18\x08 \x03(\x0b\x32).tensorway.v1.RequestHead.ParametersEntry\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12-\n\x07\x65xplain\x18\n \x01(\x0b\x32\x1c.tensorway.v1.ExplainOptions\x12/\n\x08generate\x18\x0b \x01(\x0b\x32\x1d.tensorway.v1.GenerateRequest\x12-\n\x06so_far\x18\x0c \x03(\x0b\x32\x1d.tensorway.v1.GenerationSoFar\x12\x11\n\tstream_id\x18\r \x01(\t\x12\x15\n\rnext_sequence\x18\x0e \x01(\x04\x12\x0c\n\x04seed\x18\x0f \x01(\x04\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.tensorway.v1.Parameter:\x02\x38\x01\"M\n\x0fGenerationSoFar\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x12\n\nhas_prompt\x18\x02 \x01(\x08\x12\x13\n\x0bis_finished\x18\x03 \x01(\x08\"v\n\x11GenerationAttempt\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12-\n\x06so_far\x18\x03 \x01(\x0b\x32\x1d.tensorway.v1.GenerationSoFar\x12\x14\n\x0cnum_attempts\x18\x04 \x01(\r\"\xc5\x01\n\x0cResponseHead\x12)\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.tensorway.v1.TensorHead\x12>\n\nparameters\x18\x02 \x03(\x0b\x32*.tensorway.v1.ResponseHead.ParametersEntry\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.tensorway.v1.Parameter:\x02\x38\x01\"U\n\tReplyHead\x12\x10\n\x08response\x18\x01 \x01(\x0c\x12\x10\n\x08revision\x18\x02 \x01(\t\x12$\n\x06timing\x18\x03 \x01(\x0b\x32\x14.tensorway.v1.Timing\"\x89\x01\n\tBatchHead\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x10\n\x08requests\x18\x03 \x03(\x0c\x12\x14\n\x0cremaining_us\x18\x04 \x03(\x04\x12\x33\n\ngeneration\x18\x05 \x01(\x0b\x32\x1f.tensorway.v1.GenerationAttempt\"m\n\x0e\x42\x61tchReplyHead\x12%\n\x07results\x18\x01 \x03(\x0b\x32\x14.tensorway.v1.Result\x12\x0f\n\x07wait_us\x18\x02 \x01(\x04\x12\x0f\n\x07step_us\x18\x03 \x01(\x04\x12\x12\n\nprepare_us\x18\x04 \x01(\x04\"g\n\x06Result\x12\x12\n\x08response\x18\x01 \x01(\x0cH\x00\x12*\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.tensorway.v1.ErrorDetailH\x00\x12\x12\n\nbody_bytes\x18\x03 \x01(\x04\x42\t\n\x07outcome\"r\n\x0b\x45rrorDetail\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x0b\n\x03hop\x18\x05 \x01(\t\x12\x16\n\x0eretry_after_us\x18\x06 \x01(\x04\"\xce\x01\n\x06Timing\x12\x10\n\x08queue_us\x18\x01 \x01(\x04\x12\x10\n\x08group_us\x18\x02 \x01(\x04\x12\x0f\n\x07wait_us\x18\x03 \x01(\x04\x12\x0f\n\x07step_us\x18\x04 \x01(\x04\x12\x12\n\nprepare_us\x18\x05 \x01(\x04\x12\x12\n\nbatch_rows\x18\x06 \x01(\r\x12\x16\n\x0e\x62\x61tch_requests\x18\x07 \x01(\r\x12\x19\n\x11is_first_in_batch\x18\x08 \x01(\x08\x12\x14\n\x0cnum_attempts\x18\t \x01(\r\x12\r\n\x05group\x18\n \x01(\t2P\n\x0bLinkService\x12\x41\n\x04Open\x12\x19.tensorway.v1.OpenRequest\x1a\x1a.tensorway.v1.OpenResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensorway/v1/link.proto\x12\x0ctensorway.v1\x1a\x1ctensorway/v1/inference.proto\x1a\x19tensorway/v1/tensor.proto\"\x1d\n\x0bOpenRequest\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x0c\"\x1e\n\x0cOpenResponse\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x0c\"c\n\nTensorHead\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05\x64type\x18\x02 \x01(\x0e\x32\x16.tensorway.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"\xa2\x04\n\x0bRequestHead\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12(\n\x06inputs\x18\x06 \x03(\x0b\x32\x18.tensorway.v1.TensorHead\x12\x14\n\x0coutput_names\x18\x07 \x03(\t\x12=\n\nparameters\x18\x08 \x03(\x0b\x32).tensorway.v1.RequestHead.ParametersEntry\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12-\n\x07\x65xplain\x18\n \x01(\x0b\x32\x1c.tensorway.v1.ExplainOptions\x12/\n\x08generate\x18\x0b \x01(\x0b\x32\x1d.tensorway.v1.GenerateRequest\x12-\n\x06so_far\x18\x0c \x03(\x0b\x32\x1d.tensorway.v1.GenerationSoFar\x12\x11\n\tstream_id\x18\r \x01(\t\x12\x15\n\rnext_sequence\x18\x0e \x01(\x04\x12\x0c\n\x04seed\x18\x0f \x01(\x04\x12\x17\n\x0fidempotency_key\x18\x10 \x01(\t\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.tensorway.v1.Parameter:\x02\x38\x01\"M\n\x0fGenerationSoFar\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x12\n\nhas_prompt\x18\x02 \x01(\x08\x12\x13\n\x0bis_finished\x18\x03 \x01(\x08\"v\n\x11GenerationAttempt\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12-\n\x06so_far\x18\x03 \x01(\x0b\x32\x1d.tensorway.v1.GenerationSoFar\x12\x14\n\x0cnum_attempts\x18\x04 \x01(\r\"\xc5\x01\n\x0cResponseHead\x12)\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.tensorway.v1.TensorHead\x12>\n\nparameters\x18\x02 \x03(\x0b\x32*.tensorway.v1.ResponseHead.ParametersEntry\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.tensorway.v1.Parameter:\x02\x38\x01\"d\n\tReplyHead\x12\x10\n\x08response\x18\x01 \x01(\x0c\x12\x10\n\x08revision\x18\x02 \x01(\t\x12$\n\x06timing\x18\x03 \x01(\x0b\x32\x14.tensorway.v1.Timing\x12\r\n\x05model\x18\x04 \x01(\t\"\x89\x01\n\tBatchHead\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x10\n\x08requests\x18\x03 \x03(\x0c\x12\x14\n\x0cremaining_us\x18\x04 \x03(\x04\x12\x33\n\ngeneration\x18\x05 \x01(\x0b\x32\x1f.tensorway.v1.GenerationAttempt\"m\n\x0e\x42\x61tchReplyHead\x12%\n\x07results\x18\x01 \x03(\x0b\x32\x14.tensorway.v1.Result\x12\x0f\n\x07wait_us\x18\x02 \x01(\x04\x12\x0f\n\x07step_us\x18\x03 \x01(\x04\x12\x12\n\nprepare_us\x18\x04 \x01(\x04\"g\n\x06Result\x12\x12\n\x08response\x18\x01 \x01(\x0cH\x00\x12*\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.tensorway.v1.ErrorDetailH\x00\x12\x12\n\nbody_bytes\x18\x03 \x01(\x04\x42\t\n\x07outcome\"r\n\x0b\x45rrorDetail\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x0b\n\x03hop\x18\x05 \x01(\t\x12\x16\n\x0eretry_after_us\x18\x06 \x01(\x04\"\xe2\x01\n\x06Timing\x12\x10\n\x08queue_us\x18\x01 \x01(\x04\x12\x10\n\x08group_us\x18\x02 \x01(\x04\x12\x0f\n\x07wait_us\x18\x03 \x01(\x04\x12\x0f\n\x07step_us\x18\x04 \x01(\x04\x12\x12\n\nprepare_us\x18\x05 \x01(\x04\x12\x12\n\nbatch_rows\x18\x06 \x01(\r\x12\x16\n\x0e\x62\x61tch_requests\x18\x07 \x01(\r\x12\x19\n\x11is_first_in_batch\x18\x08 \x01(\x08\x12\x14\n\x0cnum_attempts\x18\t \x01(\r\x12\r\n\x05group\x18\n \x01(\t\x12\x12\n\nnum_hedges\x18\x0b \x01(\r2P\n\x0bLinkService\x12\x41\n\x04Open\x12\x19.tensorway.v1.OpenRequest\x1a\x1a.tensorway.v1.OpenResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,29 +44,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENSORHEAD']._serialized_start=161
   _globals['_TENSORHEAD']._serialized_end=260
   _globals['_REQUESTHEAD']._serialized_start=263
-  _globals['_REQUESTHEAD']._serialized_end=784
-  _globals['_REQUESTHEAD_PARAMETERSENTRY']._serialized_start=710
-  _globals['_REQUESTHEAD_PARAMETERSENTRY']._serialized_end=784
-  _globals['_GENERATIONSOFAR']._serialized_start=786
-  _globals['_GENERATIONSOFAR']._serialized_end=863
-  _globals['_GENERATIONATTEMPT']._serialized_start=865
-  _globals['_GENERATIONATTEMPT']._serialized_end=983
-  _globals['_RESPONSEHEAD']._serialized_start=986
-  _globals['_RESPONSEHEAD']._serialized_end=1183
-  _globals['_RESPONSEHEAD_PARAMETERSENTRY']._serialized_start=710
-  _globals['_RESPONSEHEAD_PARAMETERSENTRY']._serialized_end=784
-  _globals['_REPLYHEAD']._serialized_start=1185
-  _globals['_REPLYHEAD']._serialized_end=1270
-  _globals['_BATCHHEAD']._serialized_start=1273
-  _globals['_BATCHHEAD']._serialized_end=1410
-  _globals['_BATCHREPLYHEAD']._serialized_start=1412
-  _globals['_BATCHREPLYHEAD']._serialized_end=1521
-  _globals['_RESULT']._serialized_start=1523
-  _globals['_RESULT']._serialized_end=1626
-  _globals['_ERRORDETAIL']._serialized_start=1628
-  _globals['_ERRORDETAIL']._serialized_end=1742
-  _globals['_TIMING']._serialized_start=1745
-  _globals['_TIMING']._serialized_end=1951
-  _globals['_LINKSERVICE']._serialized_start=1953
-  _globals['_LINKSERVICE']._serialized_end=2033
+  _globals['_REQUESTHEAD']._serialized_end=809
+  _globals['_REQUESTHEAD_PARAMETERSENTRY']._serialized_start=735
+  _globals['_REQUESTHEAD_PARAMETERSENTRY']._serialized_end=809
+  _globals['_GENERATIONSOFAR']._serialized_start=811
+  _globals['_GENERATIONSOFAR']._serialized_end=888
+  _globals['_GENERATIONATTEMPT']._serialized_start=890
+  _globals['_GENERATIONATTEMPT']._serialized_end=1008
+  _globals['_RESPONSEHEAD']._serialized_start=1011
+  _globals['_RESPONSEHEAD']._serialized_end=1208
+  _globals['_RESPONSEHEAD_PARAMETERSENTRY']._serialized_start=735
+  _globals['_RESPONSEHEAD_PARAMETERSENTRY']._serialized_end=809
+  _globals['_REPLYHEAD']._serialized_start=1210
+  _globals['_REPLYHEAD']._serialized_end=1310
+  _globals['_BATCHHEAD']._serialized_start=1313
+  _globals['_BATCHHEAD']._serialized_end=1450
+  _globals['_BATCHREPLYHEAD']._serialized_start=1452
+  _globals['_BATCHREPLYHEAD']._serialized_end=1561
+  _globals['_RESULT']._serialized_start=1563
+  _globals['_RESULT']._serialized_end=1666
+  _globals['_ERRORDETAIL']._serialized_start=1668
+  _globals['_ERRORDETAIL']._serialized_end=1782
+  _globals['_TIMING']._serialized_start=1785
+  _globals['_TIMING']._serialized_end=2011
+  _globals['_LINKSERVICE']._serialized_start=2013
+  _globals['_LINKSERVICE']._serialized_end=2093
 # @@protoc_insertion_point(module_scope)

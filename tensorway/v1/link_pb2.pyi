@@ -33,7 +33,7 @@ class TensorHead(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class RequestHead(_message.Message):
-    __slots__ = ("request_id", "model", "revision", "rows", "priority", "inputs", "output_names", "parameters", "traceparent", "explain", "generate", "so_far", "stream_id", "next_sequence", "seed")
+    __slots__ = ("request_id", "model", "revision", "rows", "priority", "inputs", "output_names", "parameters", "traceparent", "explain", "generate", "so_far", "stream_id", "next_sequence", "seed", "idempotency_key")
     class ParametersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class RequestHead(_message.Message):
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     revision: str
@@ -71,7 +72,8 @@ class RequestHead(_message.Message):
     stream_id: str
     next_sequence: int
     seed: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., rows: _Optional[int] = ..., priority: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[TensorHead, _Mapping]]] = ..., output_names: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., traceparent: _Optional[str] = ..., explain: _Optional[_Union[_inference_pb2.ExplainOptions, _Mapping]] = ..., generate: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., so_far: _Optional[_Iterable[_Union[GenerationSoFar, _Mapping]]] = ..., stream_id: _Optional[str] = ..., next_sequence: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    idempotency_key: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., rows: _Optional[int] = ..., priority: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[TensorHead, _Mapping]]] = ..., output_names: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., traceparent: _Optional[str] = ..., explain: _Optional[_Union[_inference_pb2.ExplainOptions, _Mapping]] = ..., generate: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., so_far: _Optional[_Iterable[_Union[GenerationSoFar, _Mapping]]] = ..., stream_id: _Optional[str] = ..., next_sequence: _Optional[int] = ..., seed: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class GenerationSoFar(_message.Message):
     __slots__ = ("token_ids", "has_prompt", "is_finished")
@@ -111,14 +113,16 @@ class ResponseHead(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[TensorHead, _Mapping]]] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ...) -> None: ...
 
 class ReplyHead(_message.Message):
-    __slots__ = ("response", "revision", "timing")
+    __slots__ = ("response", "revision", "timing", "model")
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     response: bytes
     revision: str
     timing: Timing
-    def __init__(self, response: _Optional[bytes] = ..., revision: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    model: str
+    def __init__(self, response: _Optional[bytes] = ..., revision: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class BatchHead(_message.Message):
     __slots__ = ("batch_id", "epoch", "requests", "remaining_us", "generation")
@@ -173,7 +177,7 @@ class ErrorDetail(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., status: _Optional[int] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., hop: _Optional[str] = ..., retry_after_us: _Optional[int] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queue_us", "group_us", "wait_us", "step_us", "prepare_us", "batch_rows", "batch_requests", "is_first_in_batch", "num_attempts", "group")
+    __slots__ = ("queue_us", "group_us", "wait_us", "step_us", "prepare_us", "batch_rows", "batch_requests", "is_first_in_batch", "num_attempts", "group", "num_hedges")
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     GROUP_US_FIELD_NUMBER: _ClassVar[int]
     WAIT_US_FIELD_NUMBER: _ClassVar[int]
@@ -184,6 +188,7 @@ class Timing(_message.Message):
     IS_FIRST_IN_BATCH_FIELD_NUMBER: _ClassVar[int]
     NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
+    NUM_HEDGES_FIELD_NUMBER: _ClassVar[int]
     queue_us: int
     group_us: int
     wait_us: int
@@ -194,4 +199,5 @@ class Timing(_message.Message):
     is_first_in_batch: bool
     num_attempts: int
     group: str
-    def __init__(self, queue_us: _Optional[int] = ..., group_us: _Optional[int] = ..., wait_us: _Optional[int] = ..., step_us: _Optional[int] = ..., prepare_us: _Optional[int] = ..., batch_rows: _Optional[int] = ..., batch_requests: _Optional[int] = ..., is_first_in_batch: _Optional[bool] = ..., num_attempts: _Optional[int] = ..., group: _Optional[str] = ...) -> None: ...
+    num_hedges: int
+    def __init__(self, queue_us: _Optional[int] = ..., group_us: _Optional[int] = ..., wait_us: _Optional[int] = ..., step_us: _Optional[int] = ..., prepare_us: _Optional[int] = ..., batch_rows: _Optional[int] = ..., batch_requests: _Optional[int] = ..., is_first_in_batch: _Optional[bool] = ..., num_attempts: _Optional[int] = ..., group: _Optional[str] = ..., num_hedges: _Optional[int] = ...) -> None: ...

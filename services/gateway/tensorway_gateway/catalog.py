@@ -51,6 +51,12 @@ class Catalog:
             raise self._unknown(name)
         return model
 
+    def version(self, name: str, revision: str) -> str:
+        """The author's label of a revision; empty where it is not known (any more)."""
+        model = self._models.get(name)
+        found = () if model is None else (each.spec.version for each in model.revisions if each.spec.revision == revision)
+        return next(iter(found), "")
+
     async def run(self) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as tasks:

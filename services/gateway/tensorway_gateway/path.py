@@ -18,6 +18,8 @@ from tensorway_gateway.upstream import Upstream
 from tensorway_gateway.wire import read_reply, write_request_head
 
 TIMING_TRAILER: Final = "tensorway-timing"
+KEY_METADATA: Final = "idempotency-key"
+MAX_KEY_CHARS: Final = 256
 
 
 class RequestPath:
@@ -51,7 +53,9 @@ class RequestPath:
             raise
         took_s = self._accounting.answered(arrival, revision, rows, answer.timing)
         call.set_trailers((id_trailer(arrival.request_id), (TIMING_TRAILER, _timing_line(answer, answered_s - sent_s, took_s))))
-        return Answered(answer, arrival.request_id, revision.spec.version)
+        if answer.model:
+            return Answered(answer, arrival.request_id, answer.model, self._catalog.version(answer.model, answer.revision))
+        return Answered(answer, arrival.request_id, revision.spec.model, revision.spec.version)
 
     async def _send(self, arrival: Arrival, revision: Revision, rows: int, call: Call) -> tuple[Answer, float, float]:
         """The answer, and when the request left and when its answer came, seconds on `time.monotonic()`."""
@@ -60,9 +64,10 @@ class RequestPath:
         try:
             sent_s = time.monotonic()
             deadline = admission.deadline(call.deadline, arrival.timeout_s, spec.default_timeout_s, sent_s)
-            head = write_request_head(arrival, spec.revision, rows)
+            key = idempotency_key(arrival.idempotency_key, call)
+            head = write_request_head(arrival, spec.revision, rows, key)
             payload = tuple([tensor.data for tensor in arrival.inputs])
-            reply = await self._upstream.send(spec.model, head, payload, deadline)
+            reply = await self._upstream.send(spec.model, head, payload, deadline, is_keyed=bool(key))
             answered_s = time.monotonic()
             return read_reply(reply.head, reply.payload), sent_s, answered_s
         finally:
@@ -77,4 +82,14 @@ def _timing_line(answer: Answer, upstream_s: float, took_s: float) -> str:
         f"queue={timing.queue_us}us;batch={timing.batch_rows}/{timing.batch_requests};group={timing.group};attempts={timing.num_attempts};"
         f"wait={timing.wait_us}us;step={timing.step_us}us;gateway={int(took_s * 1e6) - upstream_us}us;"
         f"orchestrator={max(0, upstream_us - timing.queue_us - timing.group_us)}us"
+        + (f";hedges={timing.num_hedges}" if timing.num_hedges else "") + (f";fallback={answer.model}" if answer.model else "")
     )
+
+
+def idempotency_key(given: str, call: Call) -> str:
+    """The caller's key: the native dialect's field, or the metadata key of any dialect. Raises InvalidRequest for one that is no text or too
+    long."""
+    key = given or call.metadata.get(KEY_METADATA, "")
+    if isinstance(key, bytes) or len(key) > MAX_KEY_CHARS:
+        raise InvalidRequest(f"{KEY_METADATA}: must be text of at most {MAX_KEY_CHARS} characters", field=KEY_METADATA)
+    return key

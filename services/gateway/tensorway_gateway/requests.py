@@ -52,6 +52,8 @@ class Arrival:
     field_path: FieldPath = native_field
     #: Serialised ExplainOptions; empty for a request that is not to be explained.
     explain: bytes = b""
+    #: The field of the native dialect; see `idempotency_key`.
+    idempotency_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class Timing:
     is_first_in_batch: bool
     num_attempts: int
     group: str
+    num_hedges: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,8 @@ class Answer:
     revision: str
     timing: Timing
     parameters: Mapping[str, Value] = field(default_factory=dict)
+    #: Set where another model answered: the fallback of the one asked for.
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,5 +127,7 @@ class Answered:
 
     answer: Answer
     request_id: str
+    #: Name of the model that answered.
+    model: str
     #: The author's label of the revision that answered.
     version: str

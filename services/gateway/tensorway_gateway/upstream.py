@@ -91,15 +91,16 @@ class Upstream:
         """Whether a request could be sent now."""
         return any(orchestrator.can_take for orchestrator in self._orchestrators.values())
 
-    async def send(self, model: str, head: bytes, payload: Payload, deadline: Deadline) -> Reply:
-        """Sends one request and waits for its answer; where an orchestrator is lost or refuses before it answers, tries the next.
+    async def send(self, model: str, head: bytes, payload: Payload, deadline: Deadline, *, is_keyed: bool = False) -> Reply:
+        """Sends one request and waits for its answer; where an orchestrator is lost or refuses before it answers, tries the next. One with
+        an idempotency key goes to the orchestrator that the model prefers, however busy: only there is the key known.
 
         Raises the orchestrator's error, Unavailable where none answers, or DeadlineExceeded. Cancels at the orchestrator when cancelled.
         """
         tried: set[str] = set()
         lost: Unavailable | None = None
         while True:
-            orchestrator = await self.pick(model, tried, lost, deadline)
+            orchestrator = await self.pick(model, tried, lost, deadline, is_keyed=is_keyed)
             tried.add(orchestrator.id)
             try:
                 return await self._attempt(orchestrator, head, payload, deadline)
@@ -107,13 +108,15 @@ class Upstream:
                 _LOG.debug("orchestrator %s did not answer: %s", orchestrator.id, error)
                 lost = error
 
-    async def pick(self, model: str, tried: set[str], lost: Unavailable | None, deadline: Deadline) -> Orchestrator:
+    async def pick(
+        self, model: str, tried: set[str], lost: Unavailable | None, deadline: Deadline, *, is_keyed: bool = False
+    ) -> Orchestrator:
         """The orchestrator that a request of `model` should go to, none of `tried`; waits while none is connected.
 
         Raises `lost`, the last refusal, where all that are connected were tried; Unavailable after the configured wait; DeadlineExceeded.
         """
         while True:
-            orchestrator = self._choose(model, tried)
+            orchestrator = self._choose(model, tried, is_keyed)
             if orchestrator is not None:
                 return orchestrator
             if lost is not None and self.has_connected:
@@ -139,7 +142,7 @@ class Upstream:
                     self._stops[new] = stop = asyncio.Event()
                     tasks.create_task(self._keep(new, live[new], stop), name=f"orchestrator {new}")
 
-    def _choose(self, model: str, tried: set[str]) -> Orchestrator | None:
+    def _choose(self, model: str, tried: set[str], is_keyed: bool) -> Orchestrator | None:
         orchestrators = self._orchestrators
         if len(orchestrators) == 1 and not tried:
             (only,) = orchestrators.values()
@@ -150,7 +153,7 @@ class Upstream:
         in_flight = {
             name: orchestrator.num_in_flight for name, orchestrator in orchestrators.items() if name not in tried and orchestrator.can_take
         }
-        chosen = choose(preferred, in_flight)
+        chosen = choose(preferred, dict.fromkeys(in_flight, 0) if is_keyed else in_flight)
         return None if chosen is None else orchestrators[chosen]
 
     async def _attempt(self, orchestrator: Orchestrator, head: bytes, payload: Payload, deadline: Deadline) -> Reply:

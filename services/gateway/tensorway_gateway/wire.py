@@ -18,7 +18,7 @@ from tensorway_gateway.requests import MAX_NUM_ITEMS, Answer, Arrival, Timing, V
 DTYPES: Final[dict[int, DataType]] = {int(dtype): dtype for dtype in DataType}
 
 
-def write_request_head(arrival: Arrival, revision: str, rows: int) -> bytes:
+def write_request_head(arrival: Arrival, revision: str, rows: int, idempotency_key: str = "") -> bytes:
     """A serialised RequestHead. The tensors' bytes follow as the payload, in the same order."""
     head = link_pb2.RequestHead(
         request_id=arrival.request_id,
@@ -32,6 +32,8 @@ def write_request_head(arrival: Arrival, revision: str, rows: int) -> bytes:
             for tensor in arrival.inputs
         ],
     )
+    if idempotency_key:
+        head.idempotency_key = idempotency_key
     if arrival.parameters:
         write_parameters(arrival.parameters, head.parameters)
     if arrival.explain:
@@ -59,9 +61,10 @@ def read_reply(head: bytes, payload: Payload) -> Answer:
         revision=reply.revision,
         timing=Timing(
             timing.queue_us, timing.group_us, timing.wait_us, timing.step_us, timing.prepare_us, timing.batch_rows, timing.batch_requests,
-            timing.is_first_in_batch, timing.num_attempts, timing.group,
+            timing.is_first_in_batch, timing.num_attempts, timing.group, timing.num_hedges,
         ),
         parameters=read_parameters(response.parameters) if response.parameters else {},
+        model=reply.model,
     )
 
 

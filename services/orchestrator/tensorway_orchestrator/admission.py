@@ -32,6 +32,8 @@ class LaneLoad:
     """What a lane knows when a request arrives."""
 
     queued_rows: int
+    #: Those of them that leave before this request.
+    rows_ahead: int
     held: HeldBytes
     #: Groups that can take batches.
     candidates: Sequence[Candidate]
@@ -71,8 +73,8 @@ def no_group(spec: RevisionSpec) -> Unavailable:
 
 def _doomed(request: Request, spec: RevisionSpec, limits: BatchLimits, load: LaneLoad, now_s: float) -> TensorwayError | None:
     """A request whose predicted finish is past its deadline is refused before it costs anything."""
-    finish_s = predict_finish_s(load.candidates, load.queued_rows, request.weight, limits.max_rows, now_s)
-    if finish_s is None or finish_s <= request.deadline_s or not load.queued_rows:
+    finish_s = predict_finish_s(load.candidates, load.rows_ahead, request.weight, limits.max_rows, now_s)
+    if finish_s is None or finish_s <= request.deadline_s or not load.rows_ahead:
         return None
     return DeadlineExceeded(
         f"model {spec.model!r} would answer in {finish_s - now_s:.3f} s, the deadline is in {request.deadline_s - now_s:.3f} s",

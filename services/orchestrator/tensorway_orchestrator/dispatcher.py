@@ -12,13 +12,16 @@ from pydantic import ValidationError
 from tensorway.errors import FailedPrecondition, NotFound, TensorwayError
 from tensorway.generation import GenerationLimits
 from tensorway.registry.port import DESIRED, REVISIONS, Registry
+from tensorway.resilience import Fallback
 from tensorway.revisions import decode_revision
 from tensorway.signature import RevisionSpec
 from tensorway.transport.port import Exchange
 from tensorway_orchestrator import generation_wire, wire
 from tensorway_orchestrator.admission import HeldBytes
 from tensorway_orchestrator.batching import BatchLimits, ShapeRule
+from tensorway_orchestrator.fallback import FallbackExchange, Handover
 from tensorway_orchestrator.generation_lane import GenerationLane
+from tensorway_orchestrator.keyed_requests import KeyedRequests
 from tensorway_orchestrator.lane import Lane
 from tensorway_orchestrator.metrics import OrchestratorMetrics
 from tensorway_orchestrator.pool import Group
@@ -42,6 +45,8 @@ class Dispatcher:
         self._streams = StreamTable(
             Retention(settings.stream_retention_s, settings.max_parked_streams, settings.max_parked_bytes), metrics
         )
+        self._keys = KeyedRequests(settings.answer_retention_s, settings.max_kept_answer_bytes, metrics)
+        self._handover = Handover(self._find, self._enter, lambda model: metrics.fallbacks.labels(model).inc())
         self._lanes: dict[tuple[str, str], Lane | GenerationLane] = {}
         #: Model -> revision that serves.
         self._serving: dict[str, str] = {}
@@ -65,7 +70,16 @@ class Dispatcher:
         resume = envelope.resume
         if resume is not None:
             self._streams.resume(resume[0], exchange, resume[1])
-            return
+        elif envelope.head.idempotency_key and not envelope.is_generation:
+            self._keys.take(envelope, exchange, lambda run: self._run(envelope, run))
+        else:
+            self._run(envelope, exchange)
+
+    def _run(self, envelope: wire.Envelope, exchange: Exchange) -> None:
+        spec = self.lane(envelope.model, envelope.revision).spec
+        self._enter(envelope, exchange if spec.fallback is None else FallbackExchange(exchange, spec, self._handover))
+
+    def _enter(self, envelope: wire.Envelope, exchange: Exchange) -> None:
         lane = self.lane(envelope.model, envelope.revision)
         if isinstance(lane, GenerationLane):
             self._generate(lane, envelope, exchange)
@@ -97,6 +111,14 @@ class Dispatcher:
             wanted = f"model {model!r}" + (f" revision {revision[:12]!r}" if revision else "")
             raise NotFound(f"{wanted} is unknown here; models known: {known}", field="model")
         return lane
+
+    def _find(self, rule: Fallback) -> RevisionSpec:
+        """See `Handover`."""
+        of_model = [revision for model, revision in self._lanes if model == rule.model]
+        found = [revision for revision in of_model if rule.revision and revision.startswith(rule.revision)]
+        if len(found) > 1:
+            raise NotFound(f"fallback: revision {rule.revision!r} fits several of model {rule.model!r}", field="fallback")
+        return self.lane(rule.model, found[0] if found else rule.revision).spec
 
     def knows(self, model: str) -> bool:
         """True once requests for the model, without a revision, find their lane."""
@@ -163,7 +185,7 @@ class Dispatcher:
             limits=BatchLimits.of(spec, settings.max_batch_bytes),
             rule=ShapeRule.of(spec.signature, spec.batching),
             policy=self._policy,
-            group_wait_s=settings.group_wait_s,
+            group_wait_s=_group_wait_s(spec, settings),
             metrics=self._metrics.lane(spec.model),
             held=self._held,
         )
@@ -177,7 +199,7 @@ class Dispatcher:
             spec=spec,
             limits=limits,
             policy=self._policy,
-            group_wait_s=self._settings.group_wait_s,
+            group_wait_s=_group_wait_s(spec, self._settings),
             metrics=metrics.streams(spec.model),
             held=self._held,
             table=self._streams,
@@ -194,3 +216,7 @@ class Dispatcher:
             self._early.update(lane.groups)
             lane.close()
 
+
+def _group_wait_s(spec: RevisionSpec, settings: OrchestratorSettings) -> float:
+    """Where another may answer, nobody waits for a group."""
+    return settings.group_wait_s if spec.fallback is None else 0.0

@@ -75,7 +75,7 @@ class GenerationLane:
 
     def start(self) -> None:
         """Begins the wait for a first group."""
-        self.places.await_group()
+        self.places.wait.missing(is_registered=False)
 
     def open(self, generation: Generation, origin: Exchange) -> Stream | None:
         """Begins a stream, or goes on with one of another orchestrator. Where it may not begin, `origin` is told why, and there is none."""
@@ -121,7 +121,7 @@ class GenerationLane:
     def close(self) -> None:
         """The revision is withdrawn: what groups have may end, what waits is answered."""
         self._is_closed = True
-        self.places.close()
+        self.places.wait.stop()
         self.table.drop_parked_of(self)
         for stream in tuple(self.streams):
             if any(choice.ticket for choice in stream.choices):
@@ -208,7 +208,7 @@ class GenerationLane:
         places = self.places
         return GenerationLoad(
             places.num_free, self.queue.num_waiting, self.limits.max_waiting, places.num_places, self._attempt_s, self.held,
-            places.is_given_up(now_s),
+            places.wait.is_over(now_s),
         )
 
     def _attach(self, stream: Stream, origin: Exchange) -> None:

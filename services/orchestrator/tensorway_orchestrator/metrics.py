@@ -23,6 +23,14 @@ class OrchestratorMetrics:
         self.step_s = Histogram("tensorway_step_seconds", "Step time of a batch.", labels, buckets=_SECONDS, registry=registry)
         self.retries = Counter("tensorway_retries", "Attempts after the first.", labels, registry=registry)
         self.lost = Counter("tensorway_lost_attempts", "Batches whose group was lost.", labels, registry=registry)
+        self.hedges = Counter("tensorway_hedges", "Requests sent to a second group because they were late.", labels, registry=registry)
+        self.hedge_wins = Counter("tensorway_hedge_wins", "Hedged requests that the second group answered.", labels, registry=registry)
+        self.stuck = Counter("tensorway_stuck_batches", "Batches late beyond all prediction.", labels, registry=registry)
+        self.quarantined = Counter("tensorway_quarantined", "Requests that killed two groups.", labels, registry=registry)
+        self.fallbacks = Counter("tensorway_fallbacks", "Requests handed on to the model's fallback.", labels, registry=registry)
+        self.repeats = Counter(
+            "tensorway_idempotent_repeats", "Requests that came again with their key and were not run again.", labels, registry=registry
+        )
         self.queued_rows = Gauge("tensorway_queued_rows", "Rows waiting.", labels, registry=registry)
         self.open_streams = Gauge("tensorway_open_streams", "Token streams that have a reader.", labels, registry=registry)
         self.waiting_choices = Gauge("tensorway_waiting_choices", "Answers that wait for a place on a group.", labels, registry=registry)
@@ -51,6 +59,10 @@ class LaneMetrics:
         self._step_s = families.step_s.labels(model)
         self._retries = families.retries.labels(model)
         self._lost = families.lost.labels(model)
+        self._hedges = families.hedges.labels(model)
+        self._hedge_wins = families.hedge_wins.labels(model)
+        self._stuck = families.stuck.labels(model)
+        self._quarantined = families.quarantined.labels(model)
 
     def answered(self, queue_s: float) -> None:
         self._ok.inc()
@@ -63,8 +75,20 @@ class LaneMetrics:
         self._batch_rows.observe(rows)
         self._step_s.observe(step_s)
 
-    def retried(self) -> None:
-        self._retries.inc()
+    def retried(self, number: int) -> None:
+        self._retries.inc(number)
+
+    def hedged(self, number: int) -> None:
+        self._hedges.inc(number)
+
+    def hedge_won(self) -> None:
+        self._hedge_wins.inc()
+
+    def stuck(self) -> None:
+        self._stuck.inc()
+
+    def quarantined(self) -> None:
+        self._quarantined.inc()
 
     def lost(self) -> None:
         self._lost.inc()

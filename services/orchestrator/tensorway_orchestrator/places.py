@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tensorway_orchestrator.group_wait import GroupWait
 from tensorway_orchestrator.pool import Group
 from tensorway_orchestrator.prefixes import Place, SeenPrefixes, choose_place
 
@@ -26,9 +26,10 @@ class GroupPlaces:
     on_give_up: Callable[[], None]
     groups: dict[str, Group] = field(default_factory=dict)
     _seen: dict[str, SeenPrefixes] = field(default_factory=dict)
-    #: Infinite while a group lives.
-    _groupless_since_s: float = field(default_factory=time.monotonic)
-    _timer: asyncio.TimerHandle | None = None
+    wait: GroupWait = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.wait = GroupWait(self.group_wait_s, self.on_give_up)
 
     @property
     def num_free(self) -> int:
@@ -37,17 +38,7 @@ class GroupPlaces:
     @property
     def num_places(self) -> int:
         """Free and taken, of the groups that live."""
-        return self.limit * sum(map(_lives, self.groups.values()))
-
-    def is_given_up(self, now_s: float) -> bool:
-        """True while no group lives and one was waited for long enough."""
-        return now_s - self._groupless_since_s > self.group_wait_s
-
-    def await_group(self) -> None:
-        """No group lives, and one is waited for."""
-        self._groupless_since_s = min(self._groupless_since_s, time.monotonic())
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self.group_wait_s, self._give_up)
+        return self.limit * sum(group.lives for group in self.groups.values())
 
     def changed(self, group: Group, is_gone: bool) -> None:
         """A group connected, broke, leaves or is gone."""
@@ -56,11 +47,10 @@ class GroupPlaces:
             self._seen.pop(group.id, None)
         else:
             self.groups[group.id] = group
-        if not any(map(_lives, self.groups.values())):
-            self.await_group()
+        if not any(group.lives for group in self.groups.values()):
+            self.wait.missing(is_registered=bool(self.groups))
             return
-        self._stop_timer()
-        self._groupless_since_s = float("inf")
+        self.wait.found()
         self.on_room()
 
     def choose(self, blocks: Sequence[bytes], avoid: Sequence[str]) -> Group | None:
@@ -81,21 +71,3 @@ class GroupPlaces:
         """A group takes nothing for a while."""
         group.rests_until_s = max(group.rests_until_s, now_s + rest_s)
         asyncio.get_running_loop().call_later(rest_s, self.on_room)
-
-    def close(self) -> None:
-        """No group is waited for any more."""
-        self._stop_timer()
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _give_up(self) -> None:
-        self._timer = None
-        self.on_give_up()
-
-
-def _lives(group: Group) -> bool:
-    # A group that rests lives.
-    return not group.is_leaving and group.link.is_connected

@@ -52,8 +52,13 @@ class Group:
     has_idled: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
+    def lives(self) -> bool:
+        """Whether it can be reached and will stay; it may rest."""
+        return not self.is_leaving and self.link.is_connected
+
+    @property
     def can_take(self) -> bool:
-        return not self.is_leaving and self.link.is_connected and time.monotonic() >= self.rests_until_s
+        return self.lives and time.monotonic() >= self.rests_until_s
 
     def begin(self, rows: int, now_s: float) -> SentBatch:
         batch = SentBatch(rows, now_s)
@@ -131,6 +136,7 @@ class GroupPool:
         self._groups[identity] = group
         try:
             _LOG.info("group found", extra={"fields": {"group": identity, "model": group.model, "endpoint": registration.endpoint}})
+            self._on_change(group, False)
             async with asyncio.TaskGroup() as own:
                 running = own.create_task(link.run(), name=f"link {identity}")
                 await _until_unneeded(group, stop)

@@ -6,12 +6,23 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Final
+from typing import Final, Protocol
 
 from tensorway.transport.port import Exchange, Payload
 
 #: Requests that do not fit into a batch are passed over, at most this many, before the batch is closed as it is.
 _MAX_PASSED_OVER: Final = 16
+
+
+class Carrier(Protocol):
+    """A batch that a group has been sent, as the requests in it see it."""
+
+    def left(self) -> None:
+        """A request in it was closed before the group answered."""
+
+
+#: What must be equal within a batch: the shapes, the groups to avoid, and a number of its own for a request that must go alone.
+BatchKey = tuple[tuple[int, ...], tuple[str, ...], int]
 
 
 @dataclass(slots=True, eq=False)
@@ -34,52 +45,82 @@ class Request:
     origin: Exchange
     #: Comes alone, and its time says nothing about that of a step.
     is_explanation: bool = False
+    #: Attempts of all kinds, and how many of them were hedges.
     num_attempts: int = 0
-    #: Groups that were lost with this request on them.
+    num_hedges: int = 0
+    #: Attempts that came to nothing.
+    num_lost: int = 0
+    #: Groups that did not answer it, or not in time.
     lost_groups: tuple[str, ...] = ()
+    #: Those of them that died with it.
+    died_on: tuple[str, ...] = ()
+    #: Not 0: it goes alone, because a group died with it.
+    alone: int = 0
     #: False once answered or withdrawn; a closed request is dropped wherever it is met.
     is_open: bool = True
-    #: When the queue time of the last attempt ended.
-    sent_s: float = 0.0
+    #: Whether it waits in the queue (or for its way back into it). It may be with a group at the same time.
+    is_queued: bool = False
+    #: The batches that it is in.
+    carriers: list[Carrier] = field(default_factory=list)
     #: Called when the request is closed.
     on_close: Callable[[], None] | None = None
-    #: Set while a group has it: called after it was closed before its answer came.
-    on_abandon: Callable[[], None] | None = None
 
     @property
     def weight(self) -> int:
         """Rows as the limits count them: an empty request still takes a place."""
         return max(1, self.rows)
 
+    @property
+    def batch_key(self) -> BatchKey:
+        """Requests of equal keys may share a batch."""
+        return self.shape_key, self.lost_groups, self.alone
+
+
+_Entry = tuple[int, float, int, Request]
+
 
 @dataclass(slots=True)
 class RequestQueue:
-    """The waiting requests of one revision, by priority then deadline, apart by shape key."""
+    """The waiting requests of one revision, by priority then deadline, apart by batch key."""
 
     num_rows: int = 0
     num_requests: int = 0
-    _heaps: dict[tuple[int, ...], list[tuple[int, float, int, Request]]] = field(default_factory=dict)
+    _heaps: dict[BatchKey, list[_Entry]] = field(default_factory=dict)
+    #: Rows by priority.
+    _rows: dict[int, int] = field(default_factory=dict)
     _order: Iterator[int] = field(default_factory=count)
 
     def offer(self, request: Request) -> None:
-        heap = self._heaps.setdefault(request.shape_key, [])
+        heap = self._heaps.setdefault(request.batch_key, [])
         heapq.heappush(heap, (-request.priority, request.deadline_s, next(self._order), request))
+        request.is_queued = True
         self.num_rows += request.weight
         self.num_requests += 1
+        self._rows[request.priority] = self._rows.get(request.priority, 0) + request.weight
 
     def withdraw(self, request: Request) -> None:
-        """Counts a request out that was closed while it waited; it is dropped from the heap when met."""
+        """Counts a request out that was closed while it waited, or leaves; its entry is dropped from the heap when met."""
+        request.is_queued = False
         self.num_rows -= request.weight
         self.num_requests -= 1
+        left = self._rows[request.priority] - request.weight
+        if left:
+            self._rows[request.priority] = left
+        else:
+            del self._rows[request.priority]
 
-    def take(self, max_rows: int, max_bytes: int, max_requests: int) -> list[Request]:
-        """The next batch: the most urgent request and those it may be joined with, at least one where any waits.
+    def rows_ahead(self, priority: int) -> int:
+        """Rows that leave before a request of `priority` that comes now, where deadlines do not say otherwise."""
+        return sum(rows for level, rows in self._rows.items() if level >= priority)
+
+    def take(self, head: Request, max_rows: int, max_bytes: int, max_requests: int) -> list[Request]:
+        """The batch that `head` (see `heads`) leads: the most urgent requests that it may be joined with.
 
         A request larger than `max_rows` or `max_bytes` comes alone.
         """
-        heap = self._most_urgent_heap()
+        heap = self._heaps.get(head.batch_key, [])
         taken: list[Request] = []
-        passed_over: list[tuple[int, float, int, Request]] = []
+        passed_over: list[_Entry] = []
         rows = num_bytes = 0
         while heap and len(taken) < max_requests and rows < max_rows and len(passed_over) < _MAX_PASSED_OVER:
             entry = heapq.heappop(heap)
@@ -99,24 +140,29 @@ class RequestQueue:
 
     def peek(self) -> Request | None:
         """The most urgent request, left where it is."""
-        heap = self._most_urgent_heap()
-        return heap[0][3] if heap else None
+        best: _Entry | None = None
+        for heap in self._live_heaps():
+            if best is None or heap[0] < best:
+                best = heap[0]
+        return None if best is None else best[3]
+
+    def heads(self) -> list[Request]:
+        """The most urgent request of each batch key, the most urgent first."""
+        return [entry[3] for entry in sorted((heap[0] for heap in self._live_heaps()), key=lambda entry: entry[:3])]
 
     def drain(self) -> list[Request]:
         """Every open request, leaving the queue empty."""
         found = [entry[3] for heap in self._heaps.values() for entry in sorted(heap, key=lambda e: e[:3]) if entry[3].is_open]
+        for request in found:
+            self.withdraw(request)
         self._heaps.clear()
-        self.num_rows = self.num_requests = 0
         return found
 
-    def _most_urgent_heap(self) -> list[tuple[int, float, int, Request]]:
-        """The heap whose first open request is the most urgent; closed requests and empty heaps are dropped on the way."""
-        best: list[tuple[int, float, int, Request]] = []
+    def _live_heaps(self) -> list[list[_Entry]]:
+        """The heaps that hold an open request, which is then their first; closed requests and empty heaps are dropped on the way."""
         for key, heap in tuple(self._heaps.items()):
             while heap and not heap[0][3].is_open:
                 heapq.heappop(heap)
             if not heap:
                 del self._heaps[key]
-            elif not best or heap[0] < best[0]:
-                best = heap
-        return best
+        return list(self._heaps.values())

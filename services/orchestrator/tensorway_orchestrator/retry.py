@@ -1,14 +1,24 @@
-"""Whether a lost attempt is tried again. Pure.
+"""Whether a lost attempt is tried again, and when. Pure.
 
 A budget bounds retries to a share of recent requests, so that an outage is not answered with a storm (Finagle's RetryBudget: deposits per
-request, withdrawals per retry).
+request, withdrawals per retry, and a slow trickle for services with little traffic). Pauses grow exponentially with full jitter (Brooker,
+"Exponential backoff and jitter", 2015).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from tensorway.errors import TensorwayError
+
+#: An empty budget is back at `min_budget` after so long without any request.
+_REFILL_S: Final = 10.0
+_FIRST_PAUSE_S: Final = 0.01
+_LONGEST_PAUSE_S: Final = 1.0
+#: An attempt that has taken so many times what was predicted, and so long, counts as stuck.
+_STUCK_FACTOR: Final = 10.0
+_STUCK_AFTER_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +39,7 @@ class RetryBudget:
 
     policy: RetryPolicy
     balance: float = 0.0
+    _refilled_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.balance = self.policy.min_budget
@@ -37,8 +48,12 @@ class RetryBudget:
         """A request has arrived."""
         self.balance = min(self.policy.max_budget, self.balance + self.policy.budget_share)
 
-    def withdraw(self) -> bool:
+    def withdraw(self, now_s: float) -> bool:
         """Takes one retry; False where none is left."""
+        missing = self.policy.min_budget - self.balance
+        if missing > 0.0:
+            self.balance += min(missing, self.policy.min_budget * max(0.0, now_s - self._refilled_s) / _REFILL_S)
+        self._refilled_s = now_s
         if self.balance < 1.0:
             return False
         self.balance -= 1.0
@@ -46,9 +61,20 @@ class RetryBudget:
 
 
 def should_retry(
-    error: TensorwayError, num_attempts: int, deadline_s: float, now_s: float, policy: RetryPolicy, budget: RetryBudget
+    error: TensorwayError, num_lost: int, deadline_s: float, now_s: float, policy: RetryPolicy, budget: RetryBudget
 ) -> bool:
-    """True where another attempt may help, is in time, and the budget pays for it. Withdraws from the budget."""
-    if not error.is_retryable or num_attempts >= policy.max_attempts or deadline_s <= now_s:
+    """True where another attempt may help, is in time, and the budget pays for it. `num_lost` attempts came to nothing, this one included.
+    Withdraws from the budget."""
+    if not error.is_retryable or num_lost >= policy.max_attempts or deadline_s <= now_s:
         return False
-    return budget.withdraw()
+    return budget.withdraw(now_s)
+
+
+def pause_s(num_lost: int, draw: float) -> float:
+    """How long what was lost `num_lost` times waits before it is sent again, seconds; `draw` is uniform in 0 to 1."""
+    return draw * min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 4.0 ** (num_lost - 1))
+
+
+def stuck_after_s(predicted_s: float) -> float:
+    """How long an attempt that was predicted to take `predicted_s` may take before the group counts as stuck, seconds."""
+    return max(_STUCK_AFTER_S, _STUCK_FACTOR * predicted_s)

@@ -39,7 +39,8 @@ class InferenceServicer:
             request = inference_pb2.InferRequest.FromString(request_bytes)
         except DecodeError as error:
             raise InvalidRequest("the message is not an InferRequest", field="request") from error
-        return await self._run(request, link_pb2.RequestHead(output_names=request.output_names), call)
+        head = link_pb2.RequestHead(output_names=request.output_names, idempotency_key=request.idempotency_key)
+        return await self._run(request, head, call)
 
     async def explain(self, request_bytes: bytes, call: Call) -> bytes:
         try:
@@ -148,7 +149,7 @@ def _fill_head(head: link_pb2.RequestHead, request: _Request, spec: RevisionSpec
 def _to_response(request: _Request, reply: Reply) -> inference_pb2.InferResponse:
     head = link_pb2.ReplyHead.FromString(reply.head)
     outputs = link_pb2.ResponseHead.FromString(head.response)
-    response = inference_pb2.InferResponse(model=request.model, revision=head.revision, request_id=request.request_id)
+    response = inference_pb2.InferResponse(model=head.model or request.model, revision=head.revision, request_id=request.request_id)
     for name, value in outputs.parameters.items():
         response.parameters[name].CopyFrom(value)
     content, offset = b"".join(reply.payload), 0

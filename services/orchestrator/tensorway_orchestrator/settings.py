@@ -16,6 +16,10 @@ class OrchestratorSettings(ServiceSettings):
     max_queue_bytes: int = Field(2 * 1024**3, ge=1, description="Most tensor bytes held here before RESOURCE_EXHAUSTED.")
     max_attempts: int = Field(3, ge=1, description="Most attempts for one request, the first included.")
     group_wait_s: float = Field(10.0, ge=0, description="Seconds that requests wait while no group of their model lives.")
+    answer_retention_s: float = Field(
+        300.0, ge=0, description="Seconds that the answer to a request with an idempotency key is kept for its repetitions."
+    )
+    max_kept_answer_bytes: int = Field(64 * 1024**2, ge=0, description="Most memory of answers kept so; the oldest make room.")
     stream_retention_s: float = Field(
         60.0, ge=0, description="Seconds that a token stream can be resumed after its client has gone, or after it ended."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tensorway.transport.error_detail import from_detail
 from tensorway.transport.port import Exchange, Payload
 from tensorway.v1 import link_pb2
 from tensorway_orchestrator.batching import ShapeRule
+from tensorway_orchestrator.pool import SentBatch
 from tensorway_orchestrator.requests import Request
 
 _EXPLANATIONS: Final = count()
@@ -124,19 +126,47 @@ def write_reply(response: bytes, revision: str, timing: link_pb2.Timing) -> byte
     return link_pb2.ReplyHead(response=response, revision=revision, timing=timing).SerializeToString()
 
 
-def timing_of(reply: BatchReply, request: Request, rows: int, num_requests: int, is_first: bool, group: str) -> link_pb2.Timing:
+def fingerprint(head: bytes, payload: Payload) -> str:
+    """32 hex digits of what a request asks, whoever asks it and when: tensors, outputs, parameters and options."""
+    message = link_pb2.RequestHead.FromString(head)
+    for name in ("request_id", "revision", "priority", "traceparent", "idempotency_key"):
+        message.ClearField(name)
+    digest = hashlib.blake2b(message.SerializeToString(deterministic=True), digest_size=16)
+    for segment in payload:
+        digest.update(segment)
+    return digest.hexdigest()
+
+
+def readdressed(head: bytes, model: str, revision: str) -> Envelope:
+    """The same request, for another model or revision."""
+    message = link_pb2.RequestHead.FromString(head)
+    message.model, message.revision = model, revision
+    if message.HasField("generate"):
+        message.generate.model, message.generate.revision = model, revision
+    return Envelope(model, revision, message)
+
+
+def name_model(reply_head: bytes, model: str) -> bytes:
+    """A ReplyHead that says which model answered."""
+    reply = link_pb2.ReplyHead.FromString(reply_head)
+    reply.model = model
+    return reply.SerializeToString()
+
+
+def timing_of(reply: BatchReply, request: Request, batch: SentBatch, num_requests: int, is_first: bool, group: str) -> link_pb2.Timing:
     """Where the time of one request went."""
     now_s = time.monotonic()
     return link_pb2.Timing(
-        queue_us=int((request.sent_s - request.arrived_s) * 1e6),
-        group_us=int((now_s - request.sent_s) * 1e6),
+        queue_us=int((batch.sent_s - request.arrived_s) * 1e6),
+        group_us=int((now_s - batch.sent_s) * 1e6),
         wait_us=reply.wait_us,
         step_us=reply.step_us,
         prepare_us=reply.prepare_us,
-        batch_rows=rows,
+        batch_rows=batch.rows,
         batch_requests=num_requests,
         is_first_in_batch=is_first,
         num_attempts=request.num_attempts,
+        num_hedges=request.num_hedges,
         group=group,
     )
 

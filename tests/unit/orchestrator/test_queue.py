@@ -28,7 +28,8 @@ def names(requests: list[Request]) -> list[str]:
 
 
 def take(queue: RequestQueue, max_rows: int = 32, max_bytes: int = 10**9, max_requests: int = 32) -> list[Request]:
-    return queue.take(max_rows, max_bytes, max_requests)
+    head = queue.peek()
+    return [] if head is None else queue.take(head, max_rows, max_bytes, max_requests)
 
 
 def test_higher_priority_then_earlier_deadline_goes_first() -> None:

@@ -170,7 +170,8 @@ def test_what_no_group_can_help_is_not_tried_again() -> None:
     policy = RetryPolicy()
     assert verdict(Record(), Loss("g", error, True, True), 1.0, 1.0, policy, RetryBudget(policy)) is error
     broke = RetryBudget(policy, 0.0)
-    broke.balance = 0.0
+    while broke.withdraw(1.0):
+        pass
     assert verdict(Record(), Loss("g", error, True, False), 9.0, 1.0, policy, broke) is error
 
 

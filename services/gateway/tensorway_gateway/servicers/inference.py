@@ -38,7 +38,7 @@ class InferenceServicer:
         """InferRequest bytes in, InferResponse bytes out."""
         arrived_s = time.monotonic()
         request = self._read(message, arrived_s)
-        return _write(await self._path.run(request, call), request.model)
+        return _write(await self._path.run(request, call))
 
     async def explain(self, message: bytes, call: Call) -> bytes:
         """ExplainRequest bytes in, ExplainResponse bytes out: an InferResponse has the same fields."""
@@ -51,7 +51,7 @@ class InferenceServicer:
         # Set even where no option is: its presence is what tells the request apart.
         request.options.num_points = request.options.num_points or DEFAULT_NUM_POINTS
         arrival = self._arrival(request, (), lifted, arrived_s, request.options.SerializeToString())
-        return _write(await self._path.run(arrival, call), request.model)
+        return _write(await self._path.run(arrival, call))
 
     def _read(self, message: bytes, arrived_s: float) -> Arrival:
         message, lifted = lift_tensors(message)
@@ -59,11 +59,11 @@ class InferenceServicer:
             request = inference_pb2.InferRequest.FromString(message)
         except DecodeError as error:
             raise InvalidRequest("the message is no InferRequest", field="request") from error
-        return self._arrival(request, tuple(request.output_names), lifted, arrived_s, b"")
+        return self._arrival(request, tuple(request.output_names), lifted, arrived_s, b"", request.idempotency_key)
 
     def _arrival(
         self, request: inference_pb2.InferRequest | inference_pb2.ExplainRequest, output_names: tuple[str, ...],
-        lifted: Mapping[int, Buffer], arrived_s: float, explain: bytes,
+        lifted: Mapping[int, Buffer], arrived_s: float, explain: bytes, idempotency_key: str = "",
     ) -> Arrival:
         if len(request.inputs) > MAX_NUM_ITEMS or len(output_names) > MAX_NUM_ITEMS:
             raise InvalidRequest(f"inputs: more than {MAX_NUM_ITEMS} inputs or output names", field="inputs")
@@ -84,14 +84,14 @@ class InferenceServicer:
             model=request.model, revision=request.revision, is_version=False, request_id=self._path.request_id(request.request_id),
             inputs=tuple(inputs), output_names=output_names, parameters=read_bounded_parameters(request.parameters),
             priority=request.priority, timeout_s=None, num_bytes=num_bytes, arrived_s=arrived_s,
-            explain=explain,
+            explain=explain, idempotency_key=idempotency_key,
         )
 
 
-def _write(answered: Answered, model: str) -> bytes:
+def _write(answered: Answered) -> bytes:
     """A serialised InferResponse. Tensors are framed by hand, so that their bytes are copied once, into the message."""
     answer = answered.answer
-    response = inference_pb2.InferResponse(model=model, revision=answer.revision, request_id=answered.request_id)
+    response = inference_pb2.InferResponse(model=answered.model, revision=answer.revision, request_id=answered.request_id)
     if answer.parameters:
         write_parameters(answer.parameters, response.parameters)
     parts: list[bytes | memoryview] = [response.SerializeToString()]

@@ -128,7 +128,7 @@ def write_response(answered: Answered, request: grpc_service_pb2.ModelInferReque
     answer = answered.answer
     tensor = grpc_service_pb2.ModelInferResponse.InferOutputTensor
     response = grpc_service_pb2.ModelInferResponse(
-        model_name=request.model_name, model_version=answered.version, id=request.id,
+        model_name=answered.model, model_version=answered.version, id=request.id,
         outputs=[tensor(name=head.name, datatype=head.dtype.name, shape=head.shape) for head in answer.outputs],
     )
     write_parameters(answer.parameters, response.parameters, "param")

@@ -1,0 +1,71 @@
+"""One sending of a batch to a group, from the link to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tensorway.errors import TensorwayError
+from tensorway.transport.port import Payload
+from tensorway_orchestrator.pool import Group, SentBatch
+from tensorway_orchestrator.requests import Request
+
+
+class BatchListener(Protocol):
+    """The lane, which decides what follows. The attempt's place on its group is free whenever it is told."""
+
+    def answered(self, attempt: BatchAttempt, head: bytes, payload: Payload) -> None:
+        """The group has answered."""
+
+    def lost(self, attempt: BatchAttempt, error: TensorwayError) -> None:
+        """The group has refused the batch, or was lost."""
+
+    def late(self, attempt: BatchAttempt) -> None:
+        """The time that `watch` was given is over, and there is no answer."""
+
+    def room(self) -> None:
+        """Nobody waits for the batch any more, and the group was told so."""
+
+
+@dataclass(slots=True, eq=False)
+class BatchAttempt:
+    """See `tensorway.transport.port.ReplySink` and `requests.Carrier`."""
+
+    listener: BatchListener
+    group: Group
+    requests: list[Request]
+    batch: SentBatch
+    link_id: int = -1
+    #: Whether its requests may still be hedged.
+    may_hedge: bool = False
+    is_over: bool = False
+    _timer: asyncio.TimerHandle | None = field(default=None)
+
+    def watch(self, delay_s: float) -> None:
+        """Has the listener told when there is no answer after `delay_s`."""
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, delay_s), self.listener.late, self)
+
+    def on_reply(self, head: bytes, payload: Payload) -> None:
+        self._end()
+        self.listener.answered(self, head, payload)
+
+    def on_error(self, error: TensorwayError) -> None:
+        self._end()
+        self.listener.lost(self, error)
+
+    def left(self) -> None:
+        """A request was closed; once all are, the batch is cancelled on the group."""
+        if not self.is_over and not any(request.is_open for request in self.requests):
+            self._end()
+            self.group.link.cancel(self.link_id)
+            self.listener.room()
+
+    def _end(self) -> None:
+        self.is_over = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self.group.end(self.batch)
+        for request in self.requests:
+            if self in request.carriers:
+                request.carriers.remove(self)

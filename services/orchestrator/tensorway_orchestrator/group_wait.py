@@ -1,0 +1,54 @@
+"""How long requests of one revision wait for a group while none lives."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+#: Groups that are registered but cannot be reached from here are another orchestrator's to reach: requests go there after so long.
+_UNREACHABLE_WAIT_S: Final = 2.0
+
+
+@dataclass(slots=True, eq=False)
+class GroupWait:
+    """Lives in the loop. Begins with `missing`, for no group has come yet."""
+
+    wait_s: float
+    #: Called once when no group has come in time.
+    on_give_up: Callable[[], None]
+    #: Infinite while a group lives.
+    _since_s: float = float("inf")
+    _limit_s: float = 0.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def is_over(self, now_s: float) -> bool:
+        """True while no group lives and one was waited for long enough."""
+        return now_s - self._since_s > self._limit_s
+
+    def missing(self, *, is_registered: bool) -> None:
+        """No group lives. `is_registered`: the registry knows some, but no link to them is up."""
+        now_s = time.monotonic()
+        self._since_s = min(self._since_s, now_s)
+        limit_s = min(self.wait_s, _UNREACHABLE_WAIT_S) if is_registered else self.wait_s
+        if self._timer is None or limit_s != self._limit_s:
+            self._limit_s = limit_s
+            self.stop()
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, self._since_s + limit_s - now_s), self._give_up)
+
+    def found(self) -> None:
+        """A group lives."""
+        self._since_s = float("inf")
+        self.stop()
+
+    def stop(self) -> None:
+        """Nothing is waited for."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        self._timer = None
+        self.on_give_up()

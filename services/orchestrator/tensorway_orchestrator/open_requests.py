@@ -1,0 +1,73 @@
+"""The requests of one revision that were admitted and are not answered, wherever they are: each is closed exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from tensorway.errors import DeadlineExceeded, TensorwayError
+from tensorway.transport.port import Payload
+from tensorway_orchestrator.admission import HeldBytes
+from tensorway_orchestrator.metrics import LaneMetrics
+from tensorway_orchestrator.requests import Request, RequestQueue
+
+
+@dataclass(slots=True, eq=False)
+class OpenRequests:
+    """Lives in the loop."""
+
+    model: str
+    queue: RequestQueue
+    held: HeldBytes
+    metrics: LaneMetrics
+    count: int = 0
+
+    def admit(self, request: Request, now_s: float) -> None:
+        """From here on the request has a deadline, and its caller may withdraw it."""
+        self.count += 1
+        self.held.total += request.num_bytes
+        timer = asyncio.get_running_loop().call_later(max(0.0, request.deadline_s - now_s), self._expire, request)
+        request.on_close = timer.cancel
+        request.origin.on_cancel(lambda: self._withdraw(request))
+
+    def answer(self, request: Request, sent_s: float, head: bytes, payload: Payload) -> None:
+        """The first answer counts; `sent_s` is when its attempt began."""
+        self._close(request)
+        self.metrics.answered(sent_s - request.arrived_s)
+        request.origin.reply(head, payload)
+
+    def fail(self, request: Request, error: TensorwayError) -> None:
+        """The request ends with `error`."""
+        self._close(request)
+        self.metrics.failed(error.status.name)
+        request.origin.fail(error)
+
+    def _expire(self, request: Request) -> None:
+        """The deadline has passed, wherever the request is."""
+        if not request.is_open:
+            return
+        is_running = bool(request.carriers)
+        where = f"while a group ran it (attempt {request.num_attempts})" if is_running else "in the queue"
+        self.fail(request, DeadlineExceeded(
+            f"the deadline of request {request.request_id!r} for model {self.model!r} passed {where}",
+            hop="group" if is_running else "orchestrator",
+        ))
+
+    def _withdraw(self, request: Request) -> None:
+        """The gateway has cancelled it, or is gone."""
+        if request.is_open:
+            self._close(request)
+            self.metrics.failed("CANCELLED")
+
+    def _close(self, request: Request) -> None:
+        request.is_open = False
+        self.count -= 1
+        self.held.total -= request.num_bytes
+        if request.on_close is not None:
+            request.on_close()
+            request.on_close = None
+        if request.is_queued:
+            self.queue.withdraw(request)
+        for carrier in tuple(request.carriers):
+            carrier.left()
+        request.carriers.clear()
