@@ -73,7 +73,7 @@ class _Calls:
 
     def begin(self, timeout_s: float | None) -> Attempts:
         deadline = Deadline.after(self.timeout_s if timeout_s is None else timeout_s)
-        return Attempts(deadline, self.retries, num_spares=self.endpoint.count(","))
+        return Attempts(deadline, self.retries, num_spares=len(endpoints_of(self.endpoint)) - 1)
 
     def generation(self, model: str, prompt: Prompt, options: GenerateOptions) -> Generation:
         """One call of Generate. Raises InvalidRequest for what cannot be sent."""

@@ -17,13 +17,17 @@ from tensorway.transport import AsyncChannel, BlockingChannel, BlockingStream, R
 
 Metadata = Sequence[tuple[str, str]]
 ChannelT = TypeVar("ChannelT")
+_GRPC_SCHEMES: Final = ("ipv4", "ipv6", "dns", "xds")
 #: How long a gateway that was lost is left out, seconds; doubles up to the longest while it stays lost.
 _FIRST_REST_S: Final = 0.5
 _LONGEST_REST_S: Final = 8.0
 
 
 def endpoints_of(endpoint: str) -> tuple[str, ...]:
-    """The endpoints of a comma-separated list. Raises InvalidRequest where one is empty."""
+    """The endpoints of a comma-separated list. Raises InvalidRequest where one is empty. A list with a scheme of gRPC's own (`ipv4:`,
+    `dns:`…) is one endpoint: gRPC goes round its addresses itself."""
+    if endpoint.partition(":")[0] in _GRPC_SCHEMES:
+        return (endpoint,)
     endpoints = tuple(part.strip() for part in endpoint.split(","))
     if not all(endpoints):
         raise InvalidRequest(f"endpoint: {endpoint!r} names an empty endpoint; write host:port, or host:port,host:port", field="endpoint")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,9 +9,10 @@ from tensorway.errors import DeadlineExceeded, InvalidRequest, Overloaded, Tenso
 from tensorway.signature import RevisionSpec
 from tensorway_orchestrator.batching import BatchLimits
 from tensorway_orchestrator.requests import Request
-from tensorway_orchestrator.routing import Candidate, predict_finish_s
 
 _MIN_RETRY_AFTER_S: Final = 0.05
+#: Predictions are seldom more wrong than this.
+_SURELY_LATE: Final = 0.9
 
 
 @dataclass(slots=True)
@@ -32,13 +32,13 @@ class LaneLoad:
     """What a lane knows when a request arrives."""
 
     queued_rows: int
-    #: Those of them that leave before this request.
-    rows_ahead: int
     held: HeldBytes
-    #: Groups that can take batches.
-    candidates: Sequence[Candidate]
     #: True while no group lives and requests have waited long enough for one.
     is_given_up: bool
+    #: Predicted time of a full step; 0 while nothing is measured.
+    step_s: float
+    #: When this request would be answered; None where it is the next, or too little is measured to say.
+    finish_s: float | None
 
 
 def refusal(request: Request, spec: RevisionSpec, limits: BatchLimits, load: LaneLoad, now_s: float) -> TensorwayError | None:
@@ -52,18 +52,17 @@ def refusal(request: Request, spec: RevisionSpec, limits: BatchLimits, load: Lan
         )
     if load.is_given_up:
         return no_group(spec)
-    step_s = max((candidate.step_times.predict_s(limits.max_rows) for candidate in load.candidates), default=0.0)
     if load.queued_rows + request.weight > spec.batching.max_queue_rows:
         return Overloaded(
             f"the queue of model {spec.model!r} is full: {load.queued_rows} of {spec.batching.max_queue_rows} rows wait",
-            retry_after_s=max(_MIN_RETRY_AFTER_S, load.queued_rows / limits.max_rows * step_s),
+            retry_after_s=max(_MIN_RETRY_AFTER_S, load.queued_rows / limits.max_rows * load.step_s),
         )
     if not load.held.can_hold(request.num_bytes):
         return Overloaded(
             f"this orchestrator holds {load.held.total} of {load.held.limit} tensor bytes; the request has {request.num_bytes}",
-            retry_after_s=max(_MIN_RETRY_AFTER_S, step_s),
+            retry_after_s=max(_MIN_RETRY_AFTER_S, load.step_s),
         )
-    return _doomed(request, spec, limits, load, now_s)
+    return _doomed(request, spec, load, now_s)
 
 
 def no_group(spec: RevisionSpec) -> Unavailable:
@@ -71,12 +70,20 @@ def no_group(spec: RevisionSpec) -> Unavailable:
     return Unavailable(f"no group serves model {spec.model!r} now; `tensorway models` says why", retry_after_s=1.0)
 
 
-def _doomed(request: Request, spec: RevisionSpec, limits: BatchLimits, load: LaneLoad, now_s: float) -> TensorwayError | None:
+def _doomed(request: Request, spec: RevisionSpec, load: LaneLoad, now_s: float) -> TensorwayError | None:
     """A request whose predicted finish is past its deadline is refused before it costs anything."""
-    finish_s = predict_finish_s(load.candidates, load.rows_ahead, request.weight, limits.max_rows, now_s)
-    if finish_s is None or finish_s <= request.deadline_s or not load.rows_ahead:
-        return None
+    finish_s = load.finish_s
+    return None if finish_s is None or finish_s <= request.deadline_s else doomed(request, spec, finish_s, now_s)
+
+
+def doomed(request: Request, spec: RevisionSpec, finish_s: float, now_s: float) -> DeadlineExceeded:
+    """What a request is told that would be answered at `finish_s`, too late."""
     return DeadlineExceeded(
         f"model {spec.model!r} would answer in {finish_s - now_s:.3f} s, the deadline is in {request.deadline_s - now_s:.3f} s",
         hop="orchestrator", retry_after_s=max(_MIN_RETRY_AFTER_S, finish_s - request.deadline_s),
     )
+
+
+def surely_s(took_s: float, now_s: float) -> float:
+    """Before this instant no batch that is predicted to take `took_s` is answered: requests due earlier are not worth a step."""
+    return now_s + _SURELY_LATE * took_s

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from tensorway.errors import TensorwayError
 from tensorway.transport.port import TOKEN_CREDIT, Payload
-from tensorway_orchestrator.pool import Group, SentBatch
+from tensorway_orchestrator.pool import Group, Sending
 from tensorway_orchestrator.streams import Choice
 
 #: Tokens are granted so many at a time.
@@ -33,7 +34,7 @@ class Attempt:
     choice: Choice
     sent_s: float
     deadline_s: float
-    batch: SentBatch = field(init=False)
+    sending: Sending = field(init=False)
     link_id: int = -1
     #: Whether it brought a token.
     has_progressed: bool = False
@@ -42,7 +43,7 @@ class Attempt:
     _num_taken: int = 0
 
     def __post_init__(self) -> None:
-        self.batch = self.group.begin(1, self.sent_s)
+        self.sending = self.group.begin(1, self.sent_s)
 
     def on_token(self, head: bytes) -> None:
         # Whoever reads them: what has come is kept here, and is bounded by the length of the answer.
@@ -68,4 +69,4 @@ class Attempt:
 
     def _end(self) -> None:
         self.is_over = True
-        self.group.end(self.batch)
+        self.sending.end(time.monotonic())

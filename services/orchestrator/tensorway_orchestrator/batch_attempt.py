@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from tensorway.errors import TensorwayError
 from tensorway.transport.port import Payload
-from tensorway_orchestrator.pool import Group, SentBatch
+from tensorway_orchestrator.pool import Group, Sending
 from tensorway_orchestrator.requests import Request
+from tensorway_orchestrator.retry import stuck_after_s
 
 
 class BatchListener(Protocol):
@@ -24,8 +26,8 @@ class BatchListener(Protocol):
     def late(self, attempt: BatchAttempt) -> None:
         """The time that `watch` was given is over, and there is no answer."""
 
-    def room(self) -> None:
-        """Nobody waits for the batch any more, and the group was told so."""
+    def pump(self) -> None:
+        """Nobody waits for the batch any more, and the group was told so: there is room."""
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +37,9 @@ class BatchAttempt:
     listener: BatchListener
     group: Group
     requests: list[Request]
-    batch: SentBatch
+    sending: Sending
+    #: Keeps all else off the group meanwhile; None where others may be there.
+    exclusion: Sending | None = None
     link_id: int = -1
     #: Whether its requests may still be hedged.
     may_hedge: bool = False
@@ -45,6 +49,12 @@ class BatchAttempt:
     def watch(self, delay_s: float) -> None:
         """Has the listener told when there is no answer after `delay_s`."""
         self._timer = asyncio.get_running_loop().call_later(max(0.0, delay_s), self.listener.late, self)
+
+    def watch_stuck(self, now_s: float) -> None:
+        """The same, once the group may be stuck. Nothing where no step was ever measured."""
+        batch = self.sending.batch
+        if batch.step_s > 0.0:
+            self.watch(batch.sent_s + stuck_after_s(batch.due_s - batch.sent_s) - now_s)
 
     def on_reply(self, head: bytes, payload: Payload) -> None:
         self._end()
@@ -59,13 +69,16 @@ class BatchAttempt:
         if not self.is_over and not any(request.is_open for request in self.requests):
             self._end()
             self.group.link.cancel(self.link_id)
-            self.listener.room()
+            self.listener.pump()
 
     def _end(self) -> None:
         self.is_over = True
         if self._timer is not None:
             self._timer.cancel()
-        self.group.end(self.batch)
+        now_s = time.monotonic()
+        self.sending.end(now_s)
+        if self.exclusion is not None:
+            self.exclusion.end(now_s)
         for request in self.requests:
             if self in request.carriers:
                 request.carriers.remove(self)

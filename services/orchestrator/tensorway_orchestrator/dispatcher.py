@@ -188,6 +188,7 @@ class Dispatcher:
             group_wait_s=_group_wait_s(spec, settings),
             metrics=self._metrics.lane(spec.model),
             held=self._held,
+            zone=settings.zone,
         )
         self._metrics.queued_rows.labels(spec.model).set_function(lambda: lane.queue.num_rows)
         lane.start()
@@ -203,6 +204,7 @@ class Dispatcher:
             metrics=metrics.streams(spec.model),
             held=self._held,
             table=self._streams,
+            zone=self._settings.zone,
         )
         metrics.open_streams.labels(spec.model).set_function(lambda: lane.num_open)
         metrics.waiting_choices.labels(spec.model).set_function(lambda: lane.queue.num_waiting)

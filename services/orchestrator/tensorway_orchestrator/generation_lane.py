@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
 
@@ -23,6 +23,7 @@ from tensorway_orchestrator.metrics import StreamMetrics
 from tensorway_orchestrator.places import GroupPlaces
 from tensorway_orchestrator.pool import Group
 from tensorway_orchestrator.retry import RetryBudget, RetryPolicy
+from tensorway_orchestrator.standing import Failure
 from tensorway_orchestrator.stream_table import StreamTable
 from tensorway_orchestrator.streams import Choice, Generation, Stream, open_stream
 from tensorway_orchestrator.survival import Loss, verdict
@@ -46,6 +47,8 @@ class GenerationLane:
     metrics: StreamMetrics
     held: HeldBytes
     table: StreamTable
+    #: Where this orchestrator runs; "" for nowhere in particular.
+    zone: str = ""
     budget: RetryBudget = field(init=False)
     places: GroupPlaces = field(init=False)
     queue: ChoiceQueue = field(default_factory=ChoiceQueue)
@@ -56,16 +59,11 @@ class GenerationLane:
     _is_closed: bool = False
 
     def __post_init__(self) -> None:
-        # All that one group has may be lost at once, twice, and is no storm.
-        bound = 2.0 * self.limits.max_sequences
-        self.budget = RetryBudget(replace(
-            self.policy, min_budget=max(self.policy.min_budget, bound), max_budget=max(self.policy.max_budget, bound)
-        ))
-        self.places = GroupPlaces(self.limits.max_sequences, self.group_wait_s, self.pump, self._give_up)
+        self.budget = RetryBudget(self.policy.covering(self.limits.max_sequences))
+        self.places = GroupPlaces(self.limits.max_sequences, self.group_wait_s, self.zone, self.pump, self._give_up)
 
     @property
     def groups(self) -> dict[str, Group]:
-        """The revision's groups by id."""
         return self.places.groups
 
     @property
@@ -121,7 +119,7 @@ class GenerationLane:
     def close(self) -> None:
         """The revision is withdrawn: what groups have may end, what waits is answered."""
         self._is_closed = True
-        self.places.wait.stop()
+        self.places.close()
         self.table.drop_parked_of(self)
         for stream in tuple(self.streams):
             if any(choice.ticket for choice in stream.choices):
@@ -155,7 +153,9 @@ class GenerationLane:
         choice, now_s = attempt.choice, time.monotonic()
         choice.attempt = choice.held = None
         self._attempt_s += _NEWEST * (now_s - attempt.sent_s - self._attempt_s)
-        if not choice.transcript.is_finished:
+        if choice.transcript.is_finished:
+            attempt.sending.roster.answered(attempt.sending.batch, now_s)
+        else:
             self._lost(attempt, error or Unavailable(f"group {attempt.group.id} ended an answer without `finished`"), now_s)
         self.pump()
 
@@ -169,14 +169,15 @@ class GenerationLane:
             self.places.rest(group, max(_MIN_REST_S, error.retry_after_s), now_s)
         elif not (isinstance(error, DeadlineExceeded) and attempt.deadline_s < stream.deadline_s):
             # A deadline that was the last reader's is none.
-            is_connected = group.link.is_connected
-            loss = Loss(group.id, error, not is_connected and not group.is_leaving, attempt.has_progressed)
+            if isinstance(error, Unavailable):
+                attempt.sending.roster.failed(attempt.sending.batch, Failure.LOST, now_s)
+            loss = Loss(group.id, error, group.has_died, attempt.has_progressed)
             failed = verdict(record, loss, stream.deadline_s, now_s, self.policy, self.budget)
             if failed is not None:
                 self._fail(stream, failed)
                 return
             self.metrics.restarted()
-            if is_connected:
+            if group.link.is_connected:
                 self.places.rest(group, record.rest_s, now_s)
         if self._is_closed:
             self._fail(stream, self._withdrawn())

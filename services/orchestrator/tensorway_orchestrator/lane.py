@@ -6,18 +6,18 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
 
 from tensorway.deadline import Deadline
-from tensorway.errors import DeadlineExceeded, Overloaded, TensorwayError, Unavailable
+from tensorway.errors import Overloaded, TensorwayError, Unavailable
 from tensorway.signature import RevisionSpec
 from tensorway.transport.port import Payload
 from tensorway_orchestrator import wire
-from tensorway_orchestrator.admission import HeldBytes, LaneLoad, no_group, refusal
+from tensorway_orchestrator.admission import HeldBytes, LaneLoad, doomed, no_group, refusal, surely_s
 from tensorway_orchestrator.batch_attempt import BatchAttempt
-from tensorway_orchestrator.batching import BatchLimits, Burst, ShapeRule, Waiting, burst_window_s, leave_at_s
+from tensorway_orchestrator.batching import BatchLimits, Burst, GroupLoad, ShapeRule, Waiting, burst_window_s, leave_at_s
 from tensorway_orchestrator.group_wait import GroupWait
 from tensorway_orchestrator.hedging import Hedger
 from tensorway_orchestrator.metrics import LaneMetrics
@@ -25,17 +25,15 @@ from tensorway_orchestrator.open_requests import OpenRequests
 from tensorway_orchestrator.pool import Group
 from tensorway_orchestrator.recovery import Recovery
 from tensorway_orchestrator.requests import Request, RequestQueue
-from tensorway_orchestrator.retry import RetryBudget, RetryPolicy, stuck_after_s
-from tensorway_orchestrator.routing import MAX_BATCHES_IN_FLIGHT, Candidate, choose
+from tensorway_orchestrator.retry import RetryBudget, RetryPolicy
+from tensorway_orchestrator.roster import Roster
+from tensorway_orchestrator.routing import MAX_BATCHES_IN_FLIGHT
+from tensorway_orchestrator.standing import Failure
 
 #: A wait shorter than this is not worth a timer.
 _AT_ONCE_S: Final = 0.0002
 #: A leader that is full is left alone for at least this long.
 _MIN_REST_S: Final = 0.002
-#: Steps measured before predictions decide anything.
-MIN_SAMPLES: Final = 10
-#: A request is dropped before it leaves where even this share of the predicted time would be too long.
-_SURELY_LATE: Final = 0.9
 _AFTER_THE_ANSWER: Final = float("inf")
 _BATCH_IDS: Final = count(1)
 
@@ -52,6 +50,9 @@ class Lane:
     group_wait_s: float
     metrics: LaneMetrics
     held: HeldBytes
+    #: Where this orchestrator runs; "" for nowhere in particular.
+    zone: str = ""
+    roster: Roster = field(init=False)
     budget: RetryBudget = field(init=False)
     open: OpenRequests = field(init=False)
     recovery: Recovery = field(init=False)
@@ -63,11 +64,9 @@ class Lane:
     _leave_timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
-        # All that one group has may be lost at once, twice, and is no storm.
-        bound = 2.0 * MAX_BATCHES_IN_FLIGHT * self.limits.max_requests
-        self.budget = RetryBudget(replace(
-            self.policy, min_budget=max(self.policy.min_budget, bound), max_budget=max(self.policy.max_budget, bound)
-        ))
+        self.budget = RetryBudget(self.policy.covering(MAX_BATCHES_IN_FLIGHT * self.limits.max_requests))
+        max_rows = self.limits.max_rows if self.limits.max_requests > 1 else 1
+        self.roster = Roster(max_rows, random.randrange, zone=self.zone)
         if self.spec.hedging is not None:
             self.hedger = Hedger(self.spec.hedging)
         self.open = OpenRequests(self.spec.model, self.queue, self.held, self.metrics)
@@ -108,25 +107,31 @@ class Lane:
             now_s = time.monotonic()
             chosen = self._choose(head, now_s)
             if chosen is None:
+                self._pump_at(self.roster.next_change_s(), now_s)
                 return
-            head, group = chosen
+            head, group, load = chosen
             waiting = Waiting(self.queue.num_rows, head.arrived_s, head.deadline_s)
             # What goes alone has no company to wait for.
-            leave_s = now_s if head.alone else leave_at_s(self.limits, waiting, group.load(), self.burst, now_s)
-            if leave_s == _AFTER_THE_ANSWER:
-                return
+            leave_s = now_s if head.alone else leave_at_s(self.limits, waiting, load, self.burst, now_s)
             if leave_s > now_s + _AT_ONCE_S:
-                self._leave_timer = asyncio.get_running_loop().call_later(leave_s - now_s, self.pump)
+                self._pump_at(leave_s, now_s)
                 return
             self._send(group, self.queue.take(head, self.limits.max_rows, self.limits.max_bytes, self.limits.max_requests), now_s)
+
+    def _pump_at(self, instant_s: float, now_s: float) -> None:
+        """Infinity: whatever makes room pumps."""
+        if instant_s != _AFTER_THE_ANSWER:
+            self._leave_timer = asyncio.get_running_loop().call_later(max(0.0, instant_s - now_s), self.pump)
 
     def group_changed(self, group: Group, is_gone: bool) -> None:
         """A group came, connected, broke, leaves or is gone."""
         if is_gone:
             self.groups.pop(group.id, None)
+            group.part()
         else:
             self.groups[group.id] = group
-        if self._has_group():
+            group.follow(self.roster)
+        if self.roster.has_live:
             self._wait.found()
             self.pump()
         else:
@@ -142,19 +147,22 @@ class Lane:
 
     def answered(self, attempt: BatchAttempt, head: bytes, payload: Payload) -> None:
         """See `BatchListener`: passes every result on, and fills the group again."""
-        group, batch, requests = attempt.group, attempt.batch, attempt.requests
+        group, batch, requests = attempt.group, attempt.sending.batch, attempt.requests
+        roster = attempt.sending.roster
         now_s = time.monotonic()
         try:
             reply = wire.read_batch_reply(head, payload, len(requests))
         except TensorwayError as error:
             self._lost(attempt, requests, Unavailable(f"group {group.id}: {error}"))
             return
-        if not requests[0].is_explanation:
-            group.observe(batch, reply.step_us / 1e6, reply.wait_us / 1e6, now_s)
+        if requests[0].is_explanation:
+            roster.answered(batch, now_s)
+        else:
+            roster.observed(batch, reply.step_us / 1e6, reply.wait_us / 1e6, now_s)
             if self.hedger is not None:
                 self.hedger.times.observe(now_s - batch.sent_s)
         self.metrics.batch(batch.rows, reply.step_us / 1e6)
-        self.burst.answered(batch.rows, burst_window_s(self.limits, group.step_times), now_s)
+        self.burst.answered(batch.rows, burst_window_s(self.limits, batch.record.times), now_s)
         # The next batch first: the group must not wait while answers are written.
         self.pump()
         is_first = True
@@ -180,17 +188,14 @@ class Lane:
         """See `BatchListener`: a hedge where the author wants one, and help for what may be stuck."""
         if attempt.may_hedge:
             attempt.may_hedge = False
-            if self._num_live() > 1:
+            if self.roster.num_live > 1:
                 self.recovery.hedge(attempt)
-            self._watch_stuck(attempt, time.monotonic())
+            attempt.watch_stuck(time.monotonic())
         else:
             self.metrics.stuck()
-            if self._num_live() > 1:
+            self._blame(attempt, Failure.TIMEOUT)
+            if self.roster.num_live > 1:
                 self.recovery.stuck(attempt)
-
-    def room(self) -> None:
-        """See `BatchListener`."""
-        self.pump()
 
     def _failed(self, attempt: BatchAttempt, request: Request, error: TensorwayError) -> None:
         """The group answered this one with an error."""
@@ -200,21 +205,23 @@ class Lane:
             self.open.fail(request, error)
 
     def _lost(self, attempt: BatchAttempt, requests: Sequence[Request], error: TensorwayError) -> None:
-        group = attempt.group
         self.metrics.lost()
-        is_death = not group.is_leaving and not group.link.is_connected
-        self.recovery.lost(attempt, requests, error, is_death=is_death)
+        self._blame(attempt, Failure.LOST)
+        self.recovery.lost(attempt, requests, error, is_death=attempt.group.has_died)
         self.pump()
+
+    def _blame(self, attempt: BatchAttempt, failure: Failure) -> None:
+        attempt.sending.roster.failed(attempt.sending.batch, failure, time.monotonic())
 
     def _come_back(self, attempt: BatchAttempt, rest_s: float) -> None:
         """The leader's waiting line is full (another orchestrator's batches, or withdrawn ones it has not met yet). The requests wait here
         again; that was no attempt of theirs."""
-        attempt.group.rests_until_s = time.monotonic() + rest_s
+        now_s = time.monotonic()
+        attempt.sending.roster.rests(attempt.sending.batch.record, now_s + rest_s, now_s)
         for request in attempt.requests:
             if request.is_open and not request.is_queued:
                 request.num_attempts -= 1
                 self.queue.offer(request)
-        asyncio.get_running_loop().call_later(rest_s, self.pump)
         self.pump()
 
     def _send(self, group: Group, taken: list[Request], now_s: float) -> None:
@@ -226,7 +233,8 @@ class Lane:
         for request in requests:
             rows += request.weight
             request.num_attempts += 1
-        attempt = BatchAttempt(self, group, requests, group.begin(rows, now_s))
+        exclusion = group.begin(rows, now_s) if requests[0].alone else None
+        attempt = BatchAttempt(self, group, requests, group.begin(rows, now_s), exclusion)
         for request in requests:
             request.carriers.append(attempt)
         try:
@@ -239,19 +247,17 @@ class Lane:
 
     def _in_time(self, group: Group, taken: list[Request], now_s: float) -> list[Request]:
         """Those that may be answered before their deadline; the others are not worth a step, and are told so now."""
-        step_times = group.step_times
-        if step_times.num_samples < MIN_SAMPLES:
+        record = group.record
+        if record is None or record.step_times.num_samples < self.roster.policy.min_samples or taken[0].is_explanation:
             return taken
         rows = sum(request.weight for request in taken)
-        least_s = (max(0.0, group.predicted_idle_s() - now_s) + step_times.predict_s(rows)) * _SURELY_LATE
-        late = [request for request in taken if request.deadline_s < now_s + least_s and not request.is_explanation]
-        for request in late:
-            if request.is_open and not request.carriers:
-                self.open.fail(request, DeadlineExceeded(
-                    f"model {self.spec.model!r} would answer in {least_s / _SURELY_LATE:.3f} s, the deadline is in "
-                    f"{request.deadline_s - now_s:.3f} s", hop="orchestrator", retry_after_s=max(0.05, least_s),
-                ))
-        return [request for request in taken if request not in late] if late else taken
+        took_s = record.wait_s(now_s) + record.step_times.predict_s(rows)
+        if min(request.deadline_s for request in taken) >= surely_s(took_s, now_s):
+            return taken
+        for request in taken:
+            if request.deadline_s < surely_s(took_s, now_s) and request.is_open and not request.carriers:
+                self.open.fail(request, doomed(request, self.spec, now_s + took_s, now_s))
+        return [request for request in taken if request.deadline_s >= surely_s(took_s, now_s)]
 
     def _watch(self, attempt: BatchAttempt, now_s: float) -> None:
         delay_s = None if self.hedger is None else self.hedger.delay_s()
@@ -259,43 +265,33 @@ class Lane:
             attempt.may_hedge = True
             attempt.watch(delay_s)
         else:
-            self._watch_stuck(attempt, now_s)
-
-    def _watch_stuck(self, attempt: BatchAttempt, now_s: float) -> None:
-        group = attempt.group
-        if group.step_times.num_samples >= MIN_SAMPLES:
-            predicted_s = max(0.0, group.predicted_idle_s() - attempt.batch.sent_s)
-            attempt.watch(attempt.batch.sent_s + stuck_after_s(predicted_s) - now_s)
+            attempt.watch_stuck(now_s)
 
     def _load(self, request: Request, now_s: float) -> LaneLoad:
-        rows_ahead = self.queue.rows_ahead(request.priority)
-        return LaneLoad(self.queue.num_rows, rows_ahead, self.held, self._candidates(), self._wait.is_over(now_s))
+        rows_ahead, roster = self.queue.rows_ahead(request.priority), self.roster
+        is_busy = rows_ahead > 0 or not roster.rotation.num_idle
+        finish_s = roster.predict_finish_s(rows_ahead, request.weight, now_s) if is_busy else None
+        step_s = roster.forecast.typical.predict_s(self.limits.max_rows)
+        return LaneLoad(self.queue.num_rows, self.held, self._wait.is_over(now_s), step_s, finish_s)
 
-    def _candidates(self) -> list[Candidate]:
-        return [group.candidate() for group in self.groups.values() if group.can_take]
-
-    def _choose(self, head: Request, now_s: float) -> tuple[Request, Group] | None:
+    def _choose(self, head: Request, now_s: float) -> tuple[Request, Group, GroupLoad] | None:
         """The next batch's first request and its group: what must avoid a group does not hold up what may go there."""
-        group = self._choose_for(head, now_s)
-        if group is not None:
-            return head, group
-        for other in self.queue.heads() if head.lost_groups else ():
-            if not other.lost_groups and (group := self._choose_for(other, now_s)) is not None:
-                return other, group
+        chosen = self._choose_for(head, now_s)
+        if chosen is not None or not (head.lost_groups or head.alone):
+            return chosen
+        for other in self.queue.heads():
+            if not (other.lost_groups or other.alone) and (chosen := self._choose_for(other, now_s)) is not None:
+                return chosen
         return None
 
-    def _choose_for(self, head: Request, now_s: float) -> Group | None:
+    def _choose_for(self, head: Request, now_s: float) -> tuple[Request, Group, GroupLoad] | None:
         rows = min(self.queue.num_rows, self.limits.max_rows)
-        chosen = choose(self._candidates(), rows, frozenset(head.lost_groups), now_s, random.randrange)
-        return None if chosen is None else self.groups[chosen.id]
+        record = self.roster.choose(rows, head.lost_groups, now_s)
+        if record is None or (head.alone and record.in_flight):
+            return None
+        return head, self.groups[record.id], record.load()
 
     def _give_up(self) -> None:
         """No group has come back in time."""
         for request in self.queue.drain():
             self.open.fail(request, no_group(self.spec))
-
-    def _has_group(self) -> bool:
-        return any(group.lives for group in self.groups.values())
-
-    def _num_live(self) -> int:
-        return sum(group.lives for group in self.groups.values())

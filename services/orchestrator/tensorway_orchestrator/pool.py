@@ -7,33 +7,20 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
 
+from tensorway.errors import InternalError
 from tensorway.registry.port import GROUP, Registration, Registry
 from tensorway.transport import create_link_client
 from tensorway.transport.port import LinkClient
-from tensorway_orchestrator.batching import GroupLoad
-from tensorway_orchestrator.routing import Candidate
-from tensorway_orchestrator.step_times import StepTimes
+from tensorway_orchestrator.group_record import GroupRecord, SentBatch
+from tensorway_orchestrator.roster import Roster
 
 _LOG = logging.getLogger(__name__)
-_QUICKER: Final = 0.5
-_SLOWER: Final = 0.01
-#: Assumed way to a group and back until it has been measured, seconds.
-_FIRST_LEAD_S: Final = 0.003
-
-
-@dataclass(slots=True, eq=False)
-class SentBatch:
-    """A batch that a group has been sent and has not answered."""
-
-    rows: int
-    sent_s: float
 
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """A live group: its link, what it has been sent, and how fast it has been."""
+    """A live group: its link, and its place in the roster of its lane."""
 
     #: Group id and epoch: a re-formed group is another one.
     id: str
@@ -41,56 +28,67 @@ class Group:
     model: str
     revision: str
     epoch: int
+    zone: str
     link: LinkClient
-    step_times: StepTimes = field(default_factory=StepTimes)
-    #: Time of a batch outside its step: the links, preparing, waiting for the loop.
-    lead_s: float = _FIRST_LEAD_S
-    in_flight: list[SentBatch] = field(default_factory=list)
     is_leaving: bool = False
-    #: The leader has refused a batch: nothing is sent before this instant.
-    rests_until_s: float = 0.0
+    #: Of its lane; None before there is one.
+    roster: Roster | None = None
+    record: GroupRecord | None = None
+    num_in_flight: int = 0
     has_idled: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def lives(self) -> bool:
-        """Whether it can be reached and will stay; it may rest."""
+        """Whether it can be reached and will stay; it may rest, or be ejected."""
         return not self.is_leaving and self.link.is_connected
 
     @property
-    def can_take(self) -> bool:
-        return self.lives and time.monotonic() >= self.rests_until_s
+    def has_died(self) -> bool:
+        """Whether its link broke, unannounced."""
+        return not self.is_leaving and not self.link.is_connected
 
-    def begin(self, rows: int, now_s: float) -> SentBatch:
-        batch = SentBatch(rows, now_s)
-        self.in_flight.append(batch)
+    def follow(self, roster: Roster) -> None:
+        """Tells the roster how the group is, now that this has changed; joins it first where it is new there."""
+        now_s = time.monotonic()
+        if self.roster is not roster or self.record is None:
+            self.roster, self.record = roster, roster.join(self.id, self.zone)
+        if self.is_leaving:
+            roster.leaving(self.record, now_s)
+        elif self.link.is_connected:
+            roster.opened(self.record, now_s)
+        else:
+            roster.closed(self.record, now_s)
+
+    def part(self) -> None:
+        """Leaves the roster."""
+        if self.roster is not None and self.record is not None:
+            self.roster.leave(self.record, time.monotonic())
+        self.roster = self.record = None
+
+    def begin(self, rows: int, now_s: float) -> Sending:
+        """Something of `rows` rows is sent there. Raises InternalError outside of a lane."""
+        if self.roster is None or self.record is None:
+            raise InternalError(f"group {self.id} is in no lane's roster")
+        self.num_in_flight += 1
         self.has_idled.clear()
-        return batch
+        return Sending(self, self.roster, self.roster.began(self.record, rows, now_s))
 
-    def end(self, batch: SentBatch) -> None:
-        self.in_flight.remove(batch)
-        if not self.in_flight:
-            self.has_idled.set()
 
-    def observe(self, batch: SentBatch, step_s: float, wait_s: float, now_s: float) -> None:
-        """Learns from an answered batch."""
-        self.step_times.observe(batch.rows, step_s)
-        # The way back is part of what is seen, and is slow whenever the next step keeps the cores busy: so the quickest ways count most.
-        outside_s = max(0.0, now_s - batch.sent_s - step_s - wait_s)
-        self.lead_s += (_QUICKER if outside_s < self.lead_s else _SLOWER) * (outside_s - self.lead_s)
+@dataclass(slots=True, eq=False)
+class Sending:
+    """What a group has been sent and has not answered. End it exactly once."""
 
-    def predicted_idle_s(self) -> float:
-        """When all that was sent is predicted to be done."""
-        idle_s = 0.0
-        for batch in self.in_flight:
-            idle_s = max(idle_s, batch.sent_s) + self.step_times.predict_s(batch.rows)
-        return idle_s
+    group: Group
+    roster: Roster
+    batch: SentBatch
 
-    def load(self) -> GroupLoad:
-        running_rows = self.in_flight[-1].rows if self.in_flight else 0
-        return GroupLoad(len(self.in_flight), running_rows, self.predicted_idle_s(), self.lead_s, self.step_times)
-
-    def candidate(self) -> Candidate:
-        return Candidate(self.id, len(self.in_flight), self.predicted_idle_s(), self.step_times)
+    def end(self, now_s: float) -> None:
+        """It is no longer with the group, whatever became of it."""
+        self.roster.ended(self.batch, now_s)
+        group = self.group
+        group.num_in_flight -= 1
+        if not group.num_in_flight:
+            group.has_idled.set()
 
 
 #: Told of every group that came, went, connected or broke.
@@ -110,7 +108,7 @@ class GroupPool:
 
     @property
     def num_connected(self) -> int:
-        return sum(1 for group in self._groups.values() if group.can_take)
+        return sum(1 for group in self._groups.values() if group.lives)
 
     async def run(self) -> None:
         """Follows the registry until cancelled."""
@@ -131,7 +129,9 @@ class GroupPool:
 
         link = create_link_client(registration.endpoint, self._max_message_bytes, notice, may_be_local=self._local_links)
         metadata = registration.metadata
-        group = Group(identity, registration.id, metadata["model"], metadata["revision"], int(metadata["epoch"]), link)
+        group = Group(
+            identity, registration.id, metadata["model"], metadata["revision"], int(metadata["epoch"]), metadata.get("zone", ""), link
+        )
         group.has_idled.set()
         self._groups[identity] = group
         try:

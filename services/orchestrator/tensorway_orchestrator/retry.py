@@ -7,7 +7,7 @@ request, withdrawals per retry, and a slow trickle for services with little traf
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from tensorway.errors import TensorwayError
@@ -31,6 +31,11 @@ class RetryPolicy:
     #: Retries allowed however few requests there were.
     min_budget: float = 20.0
     max_budget: float = 1000.0
+
+    def covering(self, num_lost: int) -> RetryPolicy:
+        """The same, where so many requests may be lost at once, twice, and that is no storm: all that one group has."""
+        bound = 2.0 * num_lost
+        return replace(self, min_budget=max(self.min_budget, bound), max_budget=max(self.max_budget, bound))
 
 
 @dataclass(slots=True)

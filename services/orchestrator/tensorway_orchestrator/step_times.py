@@ -13,7 +13,10 @@ _MIN_SPREAD: Final = 0.1
 
 @dataclass(slots=True)
 class StepTimes:
-    """Least squares of `fixed + per_row x rows` over exponentially weighted samples."""
+    """Least squares of `fixed + per_row x rows` over exponentially weighted samples.
+
+    The sums behind it add up, so the same class also holds what several groups have measured together (`absorb`, `expel`).
+    """
 
     num_samples: int = 0
     _weight: float = 0.0
@@ -21,8 +24,14 @@ class StepTimes:
     _time_s: float = 0.0
     _rows_squared: float = 0.0
     _rows_time: float = 0.0
+    #: The line through the samples, worked out when first asked for after a change.
+    _is_fitted: bool = False
+    _mean_rows: float = 0.0
+    _mean_s: float = 0.0
+    _per_row_s: float | None = None
 
     def observe(self, rows: int, step_s: float) -> None:
+        self._is_fitted = False
         self.num_samples += 1
         self._weight = self._weight * _DECAY + 1.0
         self._rows = self._rows * _DECAY + rows
@@ -32,14 +41,54 @@ class StepTimes:
 
     def predict_s(self, rows: float) -> float:
         """Expected step time; 0 while nothing is known. Where only one size was seen, larger ones scale up and smaller ones do not."""
-        if not self._weight:
-            return 0.0
-        mean_rows = max(self._rows / self._weight, 1e-9)
-        mean_s = self._time_s / self._weight
+        if not self._is_fitted:
+            self._fit()
+        if self._per_row_s is None:
+            return self._mean_s * max(1.0, rows / self._mean_rows) if self._mean_s else 0.0
+        return self._mean_s + self._per_row_s * (rows - self._mean_rows)
+
+    def absorb(self, other: StepTimes) -> None:
+        """Adds what `other` knows."""
+        self._add(other, 1.0)
+        self.num_samples += other.num_samples
+
+    def expel(self, other: StepTimes) -> None:
+        """Takes out again what was absorbed from `other`, which must not have changed since."""
+        self._add(other, -1.0)
+        self.num_samples -= other.num_samples
+        if self.num_samples <= 0:
+            self.clear()  # what is left is rounding
+
+    def seed(self, other: StepTimes, num_steps: float) -> None:
+        """Begins anew from what `other` knows, which counts as `num_steps` samples: a first belief, outvoted by as many real steps."""
+        self.clear()
+        if other._weight > 0.0:
+            self._add(other, min(1.0, num_steps / other._weight))
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.num_samples = 0
+        self._weight = self._rows = self._time_s = self._rows_squared = self._rows_time = 0.0
+        self._is_fitted = False
+
+    def _add(self, other: StepTimes, share: float) -> None:
+        self._is_fitted = False
+        self._weight += share * other._weight
+        self._rows += share * other._rows
+        self._time_s += share * other._time_s
+        self._rows_squared += share * other._rows_squared
+        self._rows_time += share * other._rows_time
+
+    def _fit(self) -> None:
+        self._is_fitted = True
+        self._per_row_s = None
+        if self._weight <= 0.0:
+            self._mean_rows = self._mean_s = 0.0
+            return
+        mean_rows = self._mean_rows = max(self._rows / self._weight, 1e-9)
+        mean_s = self._mean_s = max(0.0, self._time_s / self._weight)
         variance = self._rows_squared / self._weight - mean_rows**2
-        if variance < (_MIN_SPREAD * mean_rows) ** 2:
-            return mean_s * max(1.0, rows / mean_rows)
-        covariance = self._rows_time / self._weight - mean_rows * mean_s
-        # Neither part of a step's time can be negative.
-        per_row_s = min(max(0.0, covariance / variance), mean_s / mean_rows)
-        return mean_s + per_row_s * (rows - mean_rows)
+        if variance >= (_MIN_SPREAD * mean_rows) ** 2:
+            covariance = self._rows_time / self._weight - mean_rows * mean_s
+            # Neither part of a step's time can be negative.
+            self._per_row_s = min(max(0.0, covariance / variance), mean_s / mean_rows)

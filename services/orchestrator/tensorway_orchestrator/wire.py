@@ -17,7 +17,7 @@ from tensorway.transport.error_detail import from_detail
 from tensorway.transport.port import Exchange, Payload
 from tensorway.v1 import link_pb2
 from tensorway_orchestrator.batching import ShapeRule
-from tensorway_orchestrator.pool import SentBatch
+from tensorway_orchestrator.group_record import SentBatch
 from tensorway_orchestrator.requests import Request
 
 _EXPLANATIONS: Final = count()

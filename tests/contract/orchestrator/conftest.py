@@ -103,8 +103,11 @@ class Bench:
     link: LinkClient
     endpoint: str
     stack: AsyncExitStack
+    metrics_registry: CollectorRegistry
 
-    async def add_leader(self, name: str, epoch: int = 1, on_batch: Callable[[Batch], None] | None = None) -> Leader:
+    async def add_leader(
+        self, name: str, epoch: int = 1, on_batch: Callable[[Batch], None] | None = None, spec: RevisionSpec = ECHO
+    ) -> Leader:
         """A leader that is registered and connected."""
         server = create_server(ServerOptions("127.0.0.1:0"))
         leader = Leader(server, None)  # type: ignore[arg-type]
@@ -114,21 +117,24 @@ class Bench:
         leader.links.attach(server)
         endpoint = await server.start()
         self.stack.push_async_callback(server.stop, 0.0)
-        metadata = {"model": "echo", "revision": REVISION, "epoch": str(epoch), "node": "n", "max_rows": "8"}
+        metadata = {"model": spec.model, "revision": spec.revision, "epoch": str(epoch), "node": "n", "max_rows": "8"}
         leader.lease = await self.registry.register(Registration(GROUP, name, endpoint, metadata))
         async with asyncio.timeout(10):
-            while f"{name}#{epoch}" not in self.dispatcher.lane("echo", "").groups or not self.has_room(f"{name}#{epoch}"):
+            lane = self.dispatcher.lane(spec.model, spec.revision)
+            while f"{name}#{epoch}" not in lane.groups or not lane.groups[f"{name}#{epoch}"].lives:
                 await asyncio.sleep(0.005)
         return leader
 
-    def has_room(self, group: str) -> bool:
-        return self.dispatcher.lane("echo", "").groups[group].can_take
+    def count(self, name: str, model: str = "echo") -> float:
+        """A counter of the orchestrator."""
+        return self.metrics_registry.get_sample_value(f"tensorway_{name}_total", {"model": model}) or 0.0
 
     async def infer(
-        self, name: str, content: bytes = b"abc", *, rows: int = 1, timeout_s: float = 10.0, priority: int = 0, model: str = "echo"
+        self, name: str, content: bytes = b"abc", *, rows: int = 1, timeout_s: float = 10.0, priority: int = 0, model: str = "echo",
+        key: str = "",
     ) -> bytes:
         """One request over the link; returns the output's bytes."""
-        head = link_pb2.RequestHead(request_id=name, model=model, rows=rows, priority=priority)
+        head = link_pb2.RequestHead(request_id=name, model=model, rows=rows, priority=priority, idempotency_key=key)
         head.inputs.add(name="input", dtype=2, shape=[rows, len(content) // max(1, rows)], num_bytes=len(content))
         reply = await self.link.call(head.SerializeToString(), (content,), Deadline.after(timeout_s))
         self.last_reply = link_pb2.ReplyHead.FromString(reply.head)
@@ -136,12 +142,17 @@ class Bench:
 
 
 @asynccontextmanager
-async def orchestrator_bench(tmp_path: Path, spec: RevisionSpec = ECHO, **settings: object) -> AsyncIterator[Bench]:
+async def orchestrator_bench(tmp_path: Path, *specs: RevisionSpec, **settings: object) -> AsyncIterator[Bench]:
+    """Knows `specs`, or `ECHO` where none is given."""
+    specs = specs or (ECHO,)
     async with AsyncExitStack() as stack:
         registry = await stack.enter_async_context(DirectoryRegistry(tmp_path / "registry"))
-        await registry.write(revision_key(spec.model, spec.revision), encode_revision(spec))
-        await registry.write(f"{DESIRED}{spec.model}", json.dumps({"model": spec.model, "revision": spec.revision, "replicas": 1}).encode())
-        dispatcher = Dispatcher(OrchestratorSettings(**settings), OrchestratorMetrics(CollectorRegistry()))  # type: ignore[arg-type]
+        for spec in specs:
+            await registry.write(revision_key(spec.model, spec.revision), encode_revision(spec))
+            wish = {"model": spec.model, "revision": spec.revision, "replicas": 1}
+            await registry.write(f"{DESIRED}{spec.model}", json.dumps(wish).encode())
+        metrics_registry = CollectorRegistry()
+        dispatcher = Dispatcher(OrchestratorSettings(**settings), OrchestratorMetrics(metrics_registry))  # type: ignore[arg-type]
         pool = GroupPool(registry, 2**28, dispatcher.group_changed)
         server = create_server(ServerOptions("127.0.0.1:0"))
         LinkServer(dispatcher.on_exchange).attach(server)
@@ -158,9 +169,9 @@ async def orchestrator_bench(tmp_path: Path, spec: RevisionSpec = ECHO, **settin
         stack.callback(dispatcher.close)
         await link.wait_connected(Deadline.after(10.0))
         async with asyncio.timeout(10):
-            while not dispatcher.knows("echo"):
+            while not all(dispatcher.knows(spec.model) for spec in specs):
                 await asyncio.sleep(0.005)
-        yield Bench(registry, dispatcher, pool, link, endpoint, stack)
+        yield Bench(registry, dispatcher, pool, link, endpoint, stack, metrics_registry)
 
 
 @pytest.fixture

@@ -314,7 +314,7 @@ class Bench:
         leader.lease = await self.registry.register(Registration(GROUP, name, endpoint, metadata))
         id = f"{name}#{epoch}"
         async with asyncio.timeout(60):
-            while id not in self.lane.groups or not (self.lane.groups[id].can_take or leader.has_died):
+            while id not in self.lane.groups or not (self.lane.groups[id].lives or leader.has_died):
                 await asyncio.sleep(0.002)
         return leader
 

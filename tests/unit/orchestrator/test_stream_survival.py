@@ -155,7 +155,7 @@ async def test_a_reader_may_vanish_at_every_message(bench: Bench, num_choices: i
         reader = bench.generate(sampling=pb.Sampling(seed=place), num_choices=num_choices)
         await reader.until(place)
         bench.link.cancel(reader.id)
-        await eventually(lambda: not bench.lane.num_open and not bench.lane.groups["g#1"].in_flight)
+        await eventually(lambda: not bench.lane.num_open and not bench.lane.groups["g#1"].num_in_flight)
         kept = reader.messages[: place]
         again = bench.resume(reader.started.stream_id, len(kept))
         await again.end()
@@ -171,7 +171,7 @@ async def test_a_reader_whose_link_broke_resumes_over_another_and_its_places_wer
         reader = bench.generate(link=link, sampling=pb.Sampling(seed=4), num_choices=2)
         await reader.until(6)
         task.cancel()
-        await eventually(lambda: len(leader.cancelled) == 2 and not bench.lane.groups["g#1"].in_flight)
+        await eventually(lambda: len(leader.cancelled) == 2 and not bench.lane.groups["g#1"].num_in_flight)
         assert bench.num_parked == 1
         other = bench.generate(sampling=pb.Sampling(seed=5), num_choices=2)
         await other.end()

@@ -45,7 +45,7 @@ async def test_a_stream_comes_whole(bench: Bench) -> None:
     assert all((reader.finished(choice).num_attempts, reader.finished(choice).group) == (1, "g#1") for choice in range(3))
     assert bench.counted("tensorway_tokens_total") == 3 * NUM_TOKENS
     assert bench.counted("tensorway_requests_total", model="talker", code="OK") == 1
-    await eventually(lambda: not bench.lane.groups["g#1"].in_flight)
+    await eventually(lambda: not bench.lane.groups["g#1"].num_in_flight)
 
 
 async def test_a_seed_is_drawn_and_told(bench: Bench) -> None:
@@ -63,7 +63,7 @@ async def test_a_reader_without_credit_gets_longer_messages_and_nobody_else_wait
     quick = bench.generate(sampling=pb.Sampling(seed=2))
     await quick.end()
     check_whole(quick.messages, 2)
-    await eventually(lambda: leader.num_said == 2 * NUM_TOKENS and not bench.lane.groups["g#1"].in_flight)
+    await eventually(lambda: leader.num_said == 2 * NUM_TOKENS and not bench.lane.groups["g#1"].num_in_flight)
     assert len(slow.messages) == TOKEN_CREDIT
     slow.grant_all()
     await slow.end()
@@ -112,7 +112,7 @@ async def test_an_error_that_no_group_can_help_ends_all_choices(bench: Bench, er
     with pytest.raises(type(error), match=error.message):
         await reader.end()
     await eventually(lambda: sorted(leader.cancelled) == [0, 2])
-    assert not bench.lane.groups["g#1"].in_flight
+    assert not bench.lane.groups["g#1"].num_in_flight
     assert bench.dispatcher.num_open == 0
     with pytest.raises(NotFound):
         await bench.resume(reader.started.stream_id, 0).end()
@@ -211,7 +211,7 @@ async def test_streams_that_begin_alike_go_to_the_same_group(bench: Bench) -> No
     for number in range(24):
         prompt = prompts[number % 3] + f"question {number}"
         await bench.generate(prompt, sampling=pb.Sampling(seed=number)).end()
-        await eventually(lambda: not any(group.in_flight for group in bench.lane.groups.values()))
+        await eventually(lambda: not any(group.num_in_flight for group in bench.lane.groups.values()))
     for prompt in prompts:
         assert sum(any(request.generate.text.startswith(prompt) for request in leader.requests) for leader in leaders) == 1
     # Until load says otherwise: twenty answers that run weigh more than a prefix of eleven blocks.
@@ -273,7 +273,7 @@ async def test_one_failed_row_fails_the_inference_and_frees_the_others(bench: Be
     head.inputs.add(name="text", dtype=14, shape=[3], num_bytes=len(content))
     with pytest.raises(ModelFailed, match="not this one"):
         await bench.link.call(head.SerializeToString(), (content,), Deadline.after(10))
-    await eventually(lambda: len(leader.cancelled) == 2 and not bench.lane.groups["g#1"].in_flight)
+    await eventually(lambda: len(leader.cancelled) == 2 and not bench.lane.groups["g#1"].num_in_flight)
     assert bench.dispatcher.num_open == 0
 
 
