@@ -27,6 +27,7 @@ from tensorway.deadline import Deadline
 from tensorway.endpoints import dialable
 from tensorway.errors import TensorwayError
 from tensorway.registry import open_registry
+from tensorway.registry.patience import patiently, released
 from tensorway.registry.port import Lease, Registration, Registry
 from tensorway.telemetry.logs import configure_logs
 from tensorway.telemetry.ops import OpsServer
@@ -101,6 +102,8 @@ class _Lifecycle:
     instance: str
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _num_signals: int = 0
+    #: None before the service is registered, and for one that never is.
+    _lease: Lease | None = None
 
     async def run(self) -> int:
         self._install_signals()
@@ -128,7 +131,6 @@ class _Lifecycle:
         ProcessCollector(registry=metrics)
         PlatformCollector(registry=metrics)
         ops: OpsServer | None = None
-        lease: Lease | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 context = ServiceContext(
@@ -140,10 +142,12 @@ class _Lifecycle:
                     ops = OpsServer(settings.ops_listen, lambda: context.readiness, metrics)
                     await ops.start()
                 await service.bound(bound)
-                lease = await self._register(registry, bound, ops)
+                registering = tasks.create_task(self._register(registry, bound, ops), name="registration")
                 _LOG.info("serving", extra={"fields": {"endpoint": bound, "ops": ops.endpoint if ops else "off", "pid": os.getpid()}})
                 await self._stopping.wait()
-                await self._drain(context, server, health, lease)
+                # A registry that is away keeps nobody from stopping.
+                registering.cancel()
+                await self._drain(context, server, health)
                 tasks.create_task(_end_group())
         except* _Ended:
             pass
@@ -156,24 +160,25 @@ class _Lifecycle:
             await registry.close()
             _LOG.info("stopped")
 
-    async def _register(self, registry: Registry, bound: str, ops: OpsServer | None) -> Lease | None:
+    async def _register(self, registry: Registry, bound: str, ops: OpsServer | None) -> None:
         registration = self.service.registration(bound)
         if registration is None:
-            return None
+            return
         metadata = {"pid": str(os.getpid()), **registration.metadata}
         if self.settings.zone:
             metadata["zone"] = self.settings.zone
         if ops is not None:
             metadata["ops"] = dialable(ops.endpoint, self.settings.advertise_host)
-        return await registry.register(Registration(registration.kind, registration.id or self.instance, registration.endpoint, metadata))
+        full = Registration(registration.kind, registration.id or self.instance, registration.endpoint, metadata)
+        self._lease = await patiently(f"registering {full.id}", lambda: registry.register(full))
 
-    async def _drain(self, context: ServiceContext, server: Server, health: HealthService, lease: Lease | None) -> None:
+    async def _drain(self, context: ServiceContext, server: Server, health: HealthService) -> None:
         """Health first, then the lease, then the work: nobody new is sent here while what runs is finished."""
         deadline = Deadline.after(self.settings.grace_s)
         _LOG.info("draining", extra={"fields": {"in_flight": server.num_in_flight, "grace_s": self.settings.grace_s}})
         context.set_readiness("draining")
-        if lease is not None:
-            await lease.release()
+        if self._lease is not None:
+            await released(self._lease)
         await self.service.drain(deadline)
         health.shutdown()  # an open Watch would hold the server for the whole grace
         await server.stop(max(0.0, deadline.remaining_s()))

@@ -6,11 +6,13 @@ import asyncio
 import json
 import logging
 import socket
+from functools import partial
 from pathlib import Path
 
 from tensorway.deadline import Deadline
 from tensorway.errors import FailedPrecondition
 from tensorway.model_directory import ModelDirectory, find_directories
+from tensorway.registry.patience import patiently
 from tensorway.registry.port import DESIRED, NODE, Registration, Registry
 from tensorway.revisions import encode_revision, revision_key
 from tensorway.service import ServiceContext
@@ -39,8 +41,6 @@ class Node:
 
     async def start(self, context: ServiceContext) -> None:
         directories = await asyncio.to_thread(offered_directories, self._settings)
-        for directory in directories:
-            await _publish(context.registry, directory)
         devices = DevicePool(cuda_devices())
         by_revision = {directory.spec.revision: directory for directory in directories}
         self._keeper = ReplicaKeeper(context.id, by_revision, self._settings, context.registry, devices)
@@ -49,8 +49,13 @@ class Node:
         self._adaptations = AdaptationHost(context.id, by_revision, self._settings, devices)
         self._adaptations.attach(context.server)
         NodeServicer(context.id, self._keeper.reports).attach(context.server)
-        self._keeping = context.tasks.create_task(self._keeper.run(), name="replicas")
+        self._keeping = context.tasks.create_task(self._offer_and_keep(context.registry, directories, self._keeper), name="replicas")
         context.set_readiness(None)
+
+    async def _offer_and_keep(self, registry: Registry, directories: tuple[ModelDirectory, ...], keeper: ReplicaKeeper) -> None:
+        for directory in directories:
+            await patiently(f"offering {directory.yaml.name}", partial(_publish, registry, directory))
+        await keeper.run()
 
     async def bound(self, endpoint: str) -> None:
         """Nothing of its own: it accepts no links."""

@@ -8,8 +8,11 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
+from tensorway.errors import Unavailable
 from tensorway.model_directory import ModelDirectory
+from tensorway.registry.patience import released
 from tensorway.registry.port import DESIRED, GROUP, NODE, NODES, Lease, Registration, Registry
 from tensorway_worker.devices import DevicePool
 from tensorway_worker.group_report import GroupReport
@@ -18,6 +21,8 @@ from tensorway_worker.settings import NodeSettings
 from tensorway_worker.supervisor import GroupSupervisor
 
 _LOG = logging.getLogger(__name__)
+#: How soon the registry is asked again that was away, seconds.
+_CLAIM_AGAIN_S: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -80,7 +85,10 @@ class ReplicaKeeper:
                     self._changed.clear()
                     await self._reconcile(tasks)
         finally:
-            await self._registry.delete(f"{NODES}{self._node}")
+            try:
+                await self._registry.delete(f"{NODES}{self._node}")
+            except Unavailable as error:
+                _LOG.warning("this node's document stays behind, which nobody minds: %s", error)
 
     async def _reconcile(self, tasks: asyncio.TaskGroup) -> None:
         """Claims and starts what is missing, stops what is no longer wanted."""
@@ -90,7 +98,12 @@ class ReplicaKeeper:
         for replica in replicas_to_claim(view.desired, view.claims, offers, self._node, self._may_double):
             if replica.key in self._running:
                 continue
-            lease = await self._registry.claim(replica.key, self._node)
+            try:
+                lease = await self._registry.claim(replica.key, self._node)
+            except Unavailable as error:
+                _LOG.warning("replica %s cannot be claimed now: %s", replica.key, error)
+                asyncio.get_running_loop().call_later(_CLAIM_AGAIN_S, self._changed.set)
+                break
             if lease is not None:
                 self._start(replica, lease, tasks)
         running = tuple(entry.supervisor.replica for entry in self._running.values())
@@ -119,12 +132,21 @@ class ReplicaKeeper:
     async def _supervise(self, replica: Replica, supervisor: GroupSupervisor, lease: Lease) -> None:
         _LOG.info("replica claimed", extra={"fields": {"model": replica.model, "replica": replica.index, "group": supervisor.report.id}})
         try:
-            await supervisor.run()
+            async with asyncio.TaskGroup() as own:
+                losing = own.create_task(self._stop_when_lost(replica, lease))
+                await supervisor.run()
+                losing.cancel()
         finally:
-            await asyncio.shield(lease.release())
+            await asyncio.shield(released(lease))
             del self._running[replica.key]
             self._report_changed.set()
             self._changed.set()
+
+    async def _stop_when_lost(self, replica: Replica, lease: Lease) -> None:
+        """Another node has the claim, after an outage of the registry or a pause of this process: two would be one too many."""
+        await lease.wait_lost()
+        _LOG.warning("another node runs replica %s now; it ends here", replica.key)
+        self._running[replica.key].task.cancel()
 
     async def _follow_desired(self) -> None:
         async for documents in self._registry.watch_documents(DESIRED):
@@ -172,7 +194,12 @@ class ReplicaKeeper:
                 "revisions": sorted(self._directories),
                 "groups": [report.to_document() for report in self.reports()],
             }
-            await self._registry.write(f"{NODES}{self._node}", json.dumps(document).encode())
+            try:
+                await self._registry.write(f"{NODES}{self._node}", json.dumps(document).encode())
+            except Unavailable as error:
+                _LOG.warning("this node's document cannot be written now: %s", error)
+                await asyncio.sleep(_CLAIM_AGAIN_S)
+                continue
             await self._report_changed.wait()
             self._report_changed.clear()
 

@@ -10,6 +10,7 @@ from typing import Final, Protocol
 from tensorway.deadline import Deadline
 from tensorway.endpoints import dialable
 from tensorway.registry import open_registry
+from tensorway.registry.patience import patiently, released
 from tensorway.registry.port import GROUP, Lease, Registration
 from tensorway.signature import RevisionSpec
 from tensorway.transport import HealthService, LinkServer, add_reflection, create_server
@@ -78,7 +79,8 @@ class Endpoint:
         if launch.zone:
             metadata["zone"] = launch.zone
         self._show_health(True)
-        self._lease = await self._registry.register(Registration(GROUP, launch.group, endpoint, metadata))
+        registration = Registration(GROUP, launch.group, endpoint, metadata)
+        self._lease = await patiently(f"registering {launch.group}", lambda: self._registry.register(registration))
         _LOG.info("serving", extra={"fields": {"endpoint": endpoint, "model": launch.model, "epoch": launch.epoch}})
         return endpoint
 
@@ -86,7 +88,7 @@ class Endpoint:
         """Health first, then the lease, then the work: nobody new is sent here while accepted batches finish."""
         self._show_health(False)
         if self._lease is not None:
-            await self._lease.release()
+            await released(self._lease)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._service.drain(deadline))
             tasks.create_task(self._links.drain(deadline))
