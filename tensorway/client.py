@@ -73,7 +73,8 @@ class _Calls:
 
     def begin(self, timeout_s: float | None) -> Attempts:
         deadline = Deadline.after(self.timeout_s if timeout_s is None else timeout_s)
-        return Attempts(deadline, self.retries, num_spares=len(endpoints_of(self.endpoint)) - 1)
+        num_endpoints = len(endpoints_of(self.endpoint))
+        return Attempts(deadline, self.retries * num_endpoints, num_spares=num_endpoints - 1)
 
     def generation(self, model: str, prompt: Prompt, options: GenerateOptions) -> Generation:
         """One call of Generate. Raises InvalidRequest for what cannot be sent."""
@@ -118,7 +119,8 @@ class _Calls:
 class Client:
     """A client of a mesh; may be shared between threads. Close it, or use it as a context manager.
 
-    `endpoint` is a gateway's, or those of several joined by commas: calls go round them, and past one that does not answer. `timeout_s` is the deadline of a call that sets none; `retries` the attempts after the first; `metadata` goes with every call; with
+    `endpoint` is a gateway's, or those of several joined by commas: calls go round them, and past one that does not answer. `timeout_s` is
+    the deadline of a call that sets none; `retries` the attempts after the first, for each endpoint; `metadata` goes with every call; with
     `as_torch`, results hold torch tensors.
     """
 

@@ -20,7 +20,7 @@ ChannelT = TypeVar("ChannelT")
 _GRPC_SCHEMES: Final = ("ipv4", "ipv6", "dns", "xds")
 #: How long a gateway that was lost is left out, seconds; doubles up to the longest while it stays lost.
 _FIRST_REST_S: Final = 0.5
-_LONGEST_REST_S: Final = 8.0
+_LONGEST_REST_S: Final = 2.0
 
 
 def endpoints_of(endpoint: str) -> tuple[str, ...]:
@@ -59,6 +59,8 @@ class Rota:
     def failed(self, member: int, now_s: float) -> None:
         """It did not answer."""
         with self._lock:
+            if now_s < self._rests_until_s[member]:
+                return  # of calls that were on their way together one counts
             rest_s = min(_LONGEST_REST_S, _FIRST_REST_S * 2.0 ** self._num_failures[member])
             self._num_failures[member] += 1
             self._rests_until_s[member] = now_s + rest_s

@@ -206,8 +206,8 @@ def _arguments(max_message_bytes: int, is_one_of_many: bool) -> list[tuple[str, 
         ("grpc.http2.max_pings_without_data", 0),
         # Also how long an attempt to connect may take: core would wait 20 s for a host that drops packets.
         ("grpc.min_reconnect_backoff_ms", 1_000),
-        ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 500),
     ]
 
 

@@ -78,8 +78,8 @@ class Forecast:
         return rows_per_s
 
     def wait_and_step_s(self, rows_ahead: int, rows: int, overtaking_per_s: float) -> tuple[float, float] | None:
-        """How long `rows` rows behind `rows_ahead` wait after the first group has become idle, while so many rows a second overtake them, and
-        how long the step with them takes; None while nothing is measured.
+        """How long `rows` rows behind `rows_ahead` wait after the first group has become idle, while so many rows a second overtake them,
+        and how long the step with them takes; None while nothing is measured.
 
         Groups become idle one after the other, evenly: as long as the queue holds full batches, one leaves every `max_rows / rows_per_s`.
         Behind a full batch the request's own will be full too, because more come after it.

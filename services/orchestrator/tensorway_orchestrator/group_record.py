@@ -123,25 +123,26 @@ class GroupRecord:
         return GroupLoad(len(self.in_flight), running_rows, self.predicted_idle_s, self.lead_s, self.times)
 
     def wait_s(self, now_s: float) -> float:
-        """How long a batch sent now would wait there. What is late will be as late again: the longer a step has been overdue, the more likely
-        it is that the group hangs."""
+        """How long a batch sent now would wait there. What is late will be as late again: the longer a step has been overdue, the more
+        likely it is that the group hangs."""
         if not self.in_flight:
             return 0.0
         wait_s = self._runs_since_s + self._in_flight_s - now_s
         return wait_s if wait_s >= 0.0 else max(0.0, -wait_s - self.lead_s)
 
-    def due_s(self, rows: int, now_s: float) -> float:
-        """When the answer to a batch of `rows` sent now is predicted to be here, on the monotonic clock."""
-        return now_s + self.wait_s(now_s) + self.times.predict_s(rows) + self.lead_s
+    def earliest_s(self, rows: int, now_s: float) -> float:
+        """When the answer to a batch of `rows` sent now can be expected at the earliest, on the monotonic clock. A request whose deadline
+        is before that is not worth its place in the batch."""
+        return now_s + self.wait_s(now_s) + self.times.least_s(rows) + self.lead_s
 
     def cost_s(self, rows: int, now_s: float) -> float:
         """From now to the predicted finish of a batch of `rows` sent now, seconds; longer while the group warms up or fails."""
-        times = self.step_times if self.step_times.num_samples else self.typical
-        cost_s = (self.wait_s(now_s) if self.in_flight else 0.0) + times.predict_s(rows)
+        cost_s = (self.step_times if self.step_times.num_samples else self.typical).predict_s(rows)
+        if self.in_flight:
+            cost_s += self.wait_s(now_s)
         if self.standing.num_failures:
             cost_s *= 2 ** min(_MAX_DOUBLINGS, self.standing.num_failures)
-        warm_s = now_s - self.ramps_from_s
-        return cost_s if warm_s >= self.policy.slow_start_s else cost_s / self.share(now_s)
+        return cost_s if now_s - self.ramps_from_s >= self.policy.slow_start_s else cost_s / self.share(now_s)
 
     def share(self, now_s: float) -> float:
         """The share of a normal group's load that it should get while it warms up; 1 once it is warm."""
@@ -153,7 +154,7 @@ class GroupRecord:
     def begin(self, rows: int, now_s: float) -> SentBatch:
         """Counts a batch in."""
         step_s = self.times.predict_s(rows)
-        batch = SentBatch(self, rows, now_s, step_s, self.due_s(rows, now_s))
+        batch = SentBatch(self, rows, now_s, step_s, now_s + self.wait_s(now_s) + step_s + self.lead_s)
         if not self.in_flight:
             self._runs_since_s = now_s
         self.in_flight[batch] = None

@@ -28,6 +28,7 @@ class Group:
     model: str
     revision: str
     epoch: int
+    node: str
     zone: str
     link: LinkClient
     is_leaving: bool = False
@@ -130,7 +131,8 @@ class GroupPool:
         link = create_link_client(registration.endpoint, self._max_message_bytes, notice, may_be_local=self._local_links)
         metadata = registration.metadata
         group = Group(
-            identity, registration.id, metadata["model"], metadata["revision"], int(metadata["epoch"]), metadata.get("zone", ""), link
+            identity, registration.id, metadata["model"], metadata["revision"], int(metadata["epoch"]), metadata.get("node", ""),
+            metadata.get("zone", ""), link,
         )
         group.has_idled.set()
         self._groups[identity] = group

@@ -14,8 +14,22 @@ from tensorway.errors import ModelFailed
 
 #: Groups that one request may take with it.
 MAX_DEATHS: Final = 2
+#: Groups of one node that die within so long of each other died of one cause, and not of what they were sent.
+_ONE_CAUSE_S: Final = 0.25
 _KEPT_S: Final = 600.0
 _MAX_KEPT: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A group died."""
+
+    node: str
+    now_s: float
+
+    def is_one_with(self, before: Death | None) -> bool:
+        """Whether the node, not the request, is to blame for both: it was killed, or killed them all."""
+        return before is not None and before.node == self.node and self.now_s - before.now_s < _ONE_CAUSE_S
 
 
 @dataclass(slots=True)

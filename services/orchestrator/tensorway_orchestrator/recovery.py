@@ -17,7 +17,7 @@ from tensorway_orchestrator.batch_attempt import BatchAttempt
 from tensorway_orchestrator.hedging import Hedger
 from tensorway_orchestrator.metrics import LaneMetrics
 from tensorway_orchestrator.open_requests import OpenRequests
-from tensorway_orchestrator.quarantine import MAX_DEATHS, Quarantine
+from tensorway_orchestrator.quarantine import MAX_DEATHS, Death, Quarantine
 from tensorway_orchestrator.requests import Request
 from tensorway_orchestrator.retry import RetryBudget, RetryPolicy, pause_s, should_retry
 
@@ -103,7 +103,12 @@ class Recovery:
 
     def _died(self, request: Request, attempt: BatchAttempt, now_s: float) -> None:
         """A group died with the request. Two are enough where the second had nothing else."""
-        request.died_on = (*request.died_on, attempt.group.id)
+        death = Death(attempt.group.node, now_s)
+        if death.is_one_with(request.death):
+            request.num_lost -= 1
+        else:
+            request.died_on = (*request.died_on, attempt.group.id)
+        request.death = death
         if len(request.died_on) >= MAX_DEATHS and len(attempt.requests) == 1:
             fingerprint = wire.fingerprint(request.head, request.payload)
             self.quarantine.add(fingerprint, now_s)

@@ -9,6 +9,7 @@ from itertools import count
 from typing import Final, Protocol
 
 from tensorway.transport.port import Exchange, Payload
+from tensorway_orchestrator.quarantine import Death
 
 #: Requests that do not fit into a batch are passed over, at most this many, before the batch is closed as it is.
 _MAX_PASSED_OVER: Final = 16
@@ -54,6 +55,8 @@ class Request:
     lost_groups: tuple[str, ...] = ()
     #: Those of them that died with it.
     died_on: tuple[str, ...] = ()
+    #: The last of these deaths.
+    death: Death | None = None
     #: Not 0: it goes alone, because a group died with it.
     alone: int = 0
     #: False once answered or withdrawn; a closed request is dropped wherever it is met.

@@ -218,8 +218,8 @@ class Roster:
         return None if parts is None else first_s + sum(parts) + self._lead_s
 
     def _judged(self, batch: SentBatch, step_s: float, now_s: float) -> Reason | None:
-        """Why a step of that time should cost the group its place. Called while the group is out of the forecast, so that what is left there
-        is what the others have measured."""
+        """Why a step of that time should cost the group its place. Called while the group is out of the forecast, so that what is left
+        there is what the others have measured."""
         policy, typical, record = self.policy.ejection, self.forecast.typical, batch.record
         if typical.num_samples < policy.min_other_samples:
             return None

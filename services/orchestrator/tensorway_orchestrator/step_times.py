@@ -47,6 +47,12 @@ class StepTimes:
             return self._mean_s * max(1.0, rows / self._mean_rows) if self._mean_s else 0.0
         return self._mean_s + self._per_row_s * (rows - self._mean_rows)
 
+    def least_s(self, rows: float) -> float:
+        """Expected step time, or what is certain of it: where only one size was seen, larger ones take at least as long. For those who
+        would never see a larger size if they believed that it takes much longer."""
+        predicted_s = self.predict_s(rows)
+        return self._mean_s if self._per_row_s is None else predicted_s
+
     def absorb(self, other: StepTimes) -> None:
         """Adds what `other` knows."""
         self._add(other, 1.0)

@@ -237,14 +237,21 @@ class Epoch:
 
     async def _watch_silence(self) -> None:
         """Sleeps until the rank that was heard of longest ago would have been silent for too long."""
+        is_second_look = False
         while True:
             now_s = self._loop.time()
             watched = [seen for seen in self._seen.values() if seen.status.state == words.READY and not seen.has_ended]
-            for seen in watched:
-                if now_s - seen.heard_s >= self._bounds.hung_after_s:
-                    text = f"{seen.name} has been silent for {self._bounds.hung_after_s:.1f} s and counts as hung"
-                    self._find(seen, Weight.SILENT, text)
-                    return
+            silent = [seen for seen in watched if now_s - seen.heard_s >= self._bounds.hung_after_s]
+            if silent and not is_second_look:
+                # It may be this process that did not run (SIGSTOP, a paused machine): what the ranks said meanwhile is read first.
+                is_second_look = True
+                await asyncio.sleep(min(1.0, self._bounds.hung_after_s / 4.0))
+                continue
+            is_second_look = False
+            if silent:
+                text = f"{silent[0].name} has been silent for {self._bounds.hung_after_s:.1f} s and counts as hung"
+                self._find(silent[0], Weight.SILENT, text)
+                return
             oldest_s = min((seen.heard_s for seen in watched), default=now_s)
             await asyncio.sleep(max(0.01, oldest_s + self._bounds.hung_after_s - now_s))
 

@@ -92,6 +92,20 @@ def replicas_to_claim(
     return tuple(mine)
 
 
+def replica_to_move(claims: Mapping[str, str], offers: Mapping[str, frozenset[str]], node: str) -> str | None:
+    """The claim that `node` should give up, because it runs two replicas more of a revision than another live node that has the revision:
+    which then takes it. None where all is even. Without this, what a lost node's neighbours took over would stay there for ever."""
+    held: dict[str, Counter[str]] = {}
+    for key, holder in claims.items():
+        held.setdefault(key.rpartition("/")[0], Counter())[holder] += 1
+    for family, counts in sorted(held.items()):
+        revision = family.rpartition("/")[2]
+        fewest = min((counts[name] for name, revisions in offers.items() if name != node and revision in revisions), default=None)
+        if fewest is not None and counts[node] >= fewest + 2:
+            return max(key for key, holder in claims.items() if holder == node and key.rpartition("/")[0] == family)
+    return None
+
+
 def replicas_to_stop(running: tuple[Replica, ...], desired: Mapping[str, Desired], live_revisions: frozenset[str]) -> tuple[Replica, ...]:
     """The running replicas that are no longer wanted. An old revision goes on until the new one lives somewhere."""
     stop: list[Replica] = []

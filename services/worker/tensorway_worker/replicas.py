@@ -16,13 +16,16 @@ from tensorway.registry.patience import released
 from tensorway.registry.port import DESIRED, GROUP, NODE, NODES, Lease, Registration, Registry
 from tensorway_worker.devices import DevicePool
 from tensorway_worker.group_report import GroupReport
-from tensorway_worker.placement import Desired, Partner, Replica, partners_for, replicas_to_claim, replicas_to_stop
+from tensorway_worker.placement import Desired, Partner, Replica, partners_for, replica_to_move, replicas_to_claim, replicas_to_stop
+from tensorway_worker.rank import launch as words
 from tensorway_worker.settings import NodeSettings
 from tensorway_worker.supervisor import GroupSupervisor
 
 _LOG = logging.getLogger(__name__)
 #: How soon the registry is asked again that was away, seconds.
 _CLAIM_AGAIN_S: Final = 1.0
+#: How often a node asks itself whether it runs more replicas than its share, seconds.
+_SPREAD_EVERY_S: Final = 10.0
 
 
 @dataclass(slots=True)
@@ -80,6 +83,7 @@ class ReplicaKeeper:
                 tasks.create_task(self._follow_groups())
                 tasks.create_task(self._publish_reports())
                 tasks.create_task(self._allow_doubling())
+                tasks.create_task(self._spread())
                 while True:
                     await self._changed.wait()
                     self._changed.clear()
@@ -185,6 +189,18 @@ class ReplicaKeeper:
         await asyncio.sleep(self._settings.spread_wait_s)
         self._may_double = True
         self._changed.set()
+
+    async def _spread(self) -> None:
+        """Gives a replica up where another node has had none for a while: one at a time, and only what serves."""
+        while True:
+            await asyncio.sleep(_SPREAD_EVERY_S)
+            view = self._view
+            offers = {node: view.offers.get(node, frozenset()) for node in view.nodes}
+            key = replica_to_move(view.claims, offers, self._node)
+            running = None if key is None else self._running.get(key)
+            if running is not None and running.supervisor.report.state == words.READY:
+                _LOG.info("replica %s moves to a node that has fewer", key)
+                running.task.cancel()
 
     async def _publish_reports(self) -> None:
         """Writes the node's document at each change; changes that come while it is written join the next."""

@@ -48,6 +48,11 @@ def holds_one_of(leaders: tuple[Leader, ...]) -> list[Batch]:
     return held
 
 
+async def stop_later(leader: Leader) -> None:
+    await asyncio.sleep(0.3)
+    await leader.server.stop(0.0)
+
+
 async def test_a_late_request_is_hedged_and_the_loser_is_cancelled(tmp_path: Path) -> None:
     spec = replace(ECHO, hedging=Hedging(quantile=0.5, min_delay_ms=20.0, max_share=1.0))
     async with orchestrator_bench(tmp_path, spec) as bench:
@@ -104,7 +109,8 @@ async def test_a_deadly_request_fails_alone_after_two_groups(bench: Bench) -> No
                 return
             if "poison" in batch.ids:
                 dead.append(name)
-                stopping.append(asyncio.ensure_future(leaders[name].server.stop(0.0)))
+                # The groups are of one node: only deaths that are some way apart are the request's.
+                stopping.append(asyncio.ensure_future(stop_later(leaders[name])))
             else:
                 batch.echo()
 
@@ -140,6 +146,25 @@ async def test_a_deadly_request_fails_alone_after_two_groups(bench: Bench) -> No
         await bench.infer("again", b"poison".ljust(8))
     assert len(leaders[survivor].batches) == num_batches
     assert await bench.infer("other", b"wholesome") == b"wholesome"
+    await asyncio.gather(*stopping)
+
+
+async def test_groups_of_one_node_that_die_together_are_not_blamed_on_a_request(bench: Bench) -> None:
+    """As when a node is killed with all its groups: the one that ran the request, and a moment later the one that it went to next."""
+    leaders = {name: await bench.add_leader(name, on_batch=hold) for name in ("a", "b")}
+    stopping: list[asyncio.Task[None]] = []
+
+    def die(name: str) -> None:
+        leaders[name].on_batch = lambda _: stopping.append(asyncio.ensure_future(leaders[name].server.stop(0.0)))
+
+    for name in leaders:
+        die(name)
+    call = asyncio.ensure_future(bench.infer("innocent", b"xyz", timeout_s=20))
+    async with asyncio.timeout(10):
+        while len(stopping) < 2:
+            await asyncio.sleep(0.005)
+    await bench.add_leader("c")
+    assert await call == b"xyz"
     await asyncio.gather(*stopping)
 
 

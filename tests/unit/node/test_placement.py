@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorway_worker.placement import Desired, Replica, replicas_to_claim, replicas_to_stop
+from tensorway_worker.placement import Desired, Replica, replica_to_move, replicas_to_claim, replicas_to_stop
 from tensorway_worker.topology import Topology, assign_devices, threads_per_rank
 
 OFFERS = {"n1": frozenset({"r1", "r2"}), "n2": frozenset({"r1", "r2"})}
@@ -29,6 +29,16 @@ def test_a_dead_nodes_claim_falls_to_the_other() -> None:
     desired = {"a": Desired("r1", 1)}
     assert replicas_to_claim(desired, {"a/r1/0": "n1"}, OFFERS, "n2", may_double=True) == ()
     assert replicas_to_claim(desired, {}, {"n2": OFFERS["n2"]}, "n2", may_double=True) == (Replica("a", "r1", 0),)
+
+
+def test_what_a_returned_node_lacks_moves_to_it_and_no_more() -> None:
+    both_here = {"a/r1/0": "n1", "a/r1/1": "n1", "b/r2/0": "n1"}
+    assert replica_to_move(both_here, OFFERS, "n1") == "a/r1/1"
+    assert replica_to_move(both_here, OFFERS, "n2") is None
+    assert replica_to_move(both_here, {"n1": OFFERS["n1"]}, "n1") is None
+    assert replica_to_move(both_here, {**OFFERS, "n2": frozenset({"r2"})}, "n1") is None
+    # Three on two nodes are as even as they can be.
+    assert replica_to_move({"a/r1/0": "n1", "a/r1/1": "n1", "a/r1/2": "n2"}, OFFERS, "n1") is None
 
 
 def test_a_node_without_the_files_claims_nothing() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,15 @@ async def test_a_stopped_follower_is_found_by_its_silence(tmp_path: Path) -> Non
         await group.ready(2)
         assert next(reason for reason in reasons if reason).startswith("epoch 1: rank 1 on node-1 has been silent for 1.0 s")
         await gone(*before)
+
+
+async def test_a_node_that_did_not_run_itself_does_not_blame_its_ranks(tmp_path: Path) -> None:
+    async with supervised(chain(tmp_path, TWO), tmp_path, hung_after_s=1.0) as group:
+        before = tuple(rank.pid for rank in (await group.ready()).ranks)
+        time.sleep(2.5)  # noqa: ASYNC251 - what the ranks say meanwhile lies unread in their pipes
+        await asyncio.sleep(2.5)  # long enough for a wrong verdict, and for a hung rank to be found
+        assert (group.report.epoch, group.report.state) == (1, "ready")
+        assert tuple(rank.pid for rank in group.report.ranks) == before
 
 
 @pytest.mark.parametrize(
