@@ -10,7 +10,8 @@ MODELS ?= models
 PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install models run up test test-unit test-integration check format protos bench bench-groups bench-tokens fuzz kill-everywhere clean
+.PHONY: help install models consul run up test test-unit test-integration check format protos bench bench-groups bench-tokens bench-routing \
+  bench-overload fuzz kill-everywhere chaos clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -38,13 +39,17 @@ install: $(VENV)/.installed ## Create .venv with everything
 	.venv-triton/bin/pip install --quiet 'tritonclient[grpc]==2.73.0'
 	@touch $@
 
+# A real Consul agent for tests: CONSUL_BIN, the one on PATH, or one unpacked under .tools.
+consul: install ## Bring a Consul binary for tests and print its path
+	@$(BIN)/python -m tests.consul.binary
+
 models: install ## Fetch the files that the models in models/ declare
 	$(BIN)/tensorway models fetch $(MODELS)
 
 run: install ## Fetch models, start a whole mesh here, show real answers, serve until Ctrl-C
 	@exec $(BIN)/tensorway up $(MODELS) --demo
 
-test: install .venv-base/.installed .venv-triton/.installed models ## Set up and run every test
+test: install .venv-base/.installed .venv-triton/.installed models consul ## Set up and run every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-unit: install ## Only the quick tests
@@ -75,6 +80,17 @@ bench-groups: install models ## Measure groups of several ranks beside their par
 
 bench-tokens: install models ## Measure tokens through the mesh beside the bare engine and transformers; writes benchmarks/tokens.md
 	$(BIN)/python -m benchmarks.tokens
+
+bench-routing: install ## Simulate routing with 1 000 groups and 1 000 000 requests; writes benchmarks/routing_sim.md
+	$(BIN)/python -m benchmarks.routing_sim
+
+bench-overload: install models ## Offer a mesh up to three times what it can do; writes benchmarks/overload.md
+	$(BIN)/python -m benchmarks.overload
+
+# Network namespaces, packet filters and clocks need these; without root the faults that need them are left out, and it says so.
+chaos: install models consul ## Kill, stop, cut and fill everything under load, and check every answer; writes benchmarks/chaos.md
+	command -v iptables >/dev/null && command -v ip >/dev/null && command -v faketime >/dev/null || apt-get install -y --no-install-recommends iptables iproute2 faketime || { apt-get update && apt-get install -y --no-install-recommends iptables iproute2 faketime; }
+	$(BIN)/python -m tests.chaos --report benchmarks/chaos.md
 
 fuzz: install ## The long form of the fuzz at the door
 	TENSORWAY_FUZZ_CASES=2000000 $(BIN)/python -m pytest tests/contract/gateway -k fuzz --timeout=3600

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tensorway.signature import ROWS, Batching, RevisionSpec, Signature
+from tensorway_orchestrator.requests import Request
 from tensorway_orchestrator.step_times import StepTimes
 
 #: Share of a full step, and seconds, that a batch waits at most for the burst after an answer.
@@ -22,6 +23,10 @@ _MAX_BURST_S: Final = 0.012
 #: Waiting must promise this much more throughput.
 _MIN_GAIN: Final = 1.05
 _SMOOTHING: Final = 0.2
+#: Share of the time to a deadline that a batch may be predicted to take.
+_IN_TIME: Final = 0.9
+#: Steps measured before predictions bound a batch.
+_MIN_SAMPLES: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,20 @@ class Waiting:
 def burst_window_s(limits: BatchLimits, step_times: StepTimes) -> float:
     """How long after an answer a batch may wait for company."""
     return min(_MAX_BURST_S, _BURST_SHARE * step_times.predict_s(limits.max_rows))
+
+
+def rows_in_time(limits: BatchLimits, head: Request, load: GroupLoad, now_s: float) -> int:
+    """Most rows of a batch that is still answered before its most urgent request is due, at least that request's own: where rows cost time
+    and deadlines are short, a full batch would be too late for all in it."""
+    wait_s = max(0.0, load.predicted_idle_s - now_s) if load.num_in_flight else 0.0
+    left_s = _IN_TIME * (head.deadline_s - now_s) - wait_s - load.lead_s
+    if load.step_times.num_samples < _MIN_SAMPLES or load.step_times.predict_s(limits.max_rows) <= left_s:
+        return limits.max_rows
+    one_s, full_s = load.step_times.predict_s(1), load.step_times.predict_s(limits.max_rows)
+    per_row_s = (full_s - one_s) / max(1, limits.max_rows - 1)
+    if per_row_s <= 0.0:
+        return limits.max_rows
+    return max(head.weight, min(limits.max_rows, 1 + int((left_s - one_s) / per_row_s)))
 
 
 def leave_at_s(limits: BatchLimits, waiting: Waiting, load: GroupLoad, burst: Burst, now_s: float) -> float:

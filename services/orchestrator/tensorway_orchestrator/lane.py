@@ -17,7 +17,7 @@ from tensorway.transport.port import Payload
 from tensorway_orchestrator import wire
 from tensorway_orchestrator.admission import HeldBytes, LaneLoad, doomed, no_group, refusal, surely_s
 from tensorway_orchestrator.batch_attempt import BatchAttempt
-from tensorway_orchestrator.batching import BatchLimits, Burst, GroupLoad, ShapeRule, Waiting, burst_window_s, leave_at_s
+from tensorway_orchestrator.batching import BatchLimits, Burst, GroupLoad, ShapeRule, Waiting, burst_window_s, leave_at_s, rows_in_time
 from tensorway_orchestrator.group_wait import GroupWait
 from tensorway_orchestrator.hedging import Hedger
 from tensorway_orchestrator.metrics import LaneMetrics
@@ -116,7 +116,8 @@ class Lane:
             if leave_s > now_s + _AT_ONCE_S:
                 self._pump_at(leave_s, now_s)
                 return
-            self._send(group, self.queue.take(head, self.limits.max_rows, self.limits.max_bytes, self.limits.max_requests), now_s)
+            max_rows = rows_in_time(self.limits, head, load, now_s)
+            self._send(group, self.queue.take(head, max_rows, self.limits.max_bytes, self.limits.max_requests), now_s)
 
     def _pump_at(self, instant_s: float, now_s: float) -> None:
         """Infinity: whatever makes room pumps."""

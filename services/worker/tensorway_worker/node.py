@@ -8,6 +8,7 @@ import logging
 import socket
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from tensorway.deadline import Deadline
 from tensorway.errors import FailedPrecondition
@@ -24,6 +25,8 @@ from tensorway_worker.servicer import NodeServicer
 from tensorway_worker.settings import NodeSettings
 
 _LOG = logging.getLogger(__name__)
+#: Share of the grace period in which others may take over; the rest is for what runs.
+_HAND_OVER_SHARE: Final = 0.6
 
 
 class Node:
@@ -34,6 +37,7 @@ class Node:
 
     def __init__(self, settings: NodeSettings) -> None:
         self._settings = settings
+        self._context: ServiceContext | None = None
         self._keeper: ReplicaKeeper | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._guests: GuestHost | None = None
@@ -43,14 +47,20 @@ class Node:
         directories = await asyncio.to_thread(offered_directories, self._settings)
         devices = DevicePool(cuda_devices())
         by_revision = {directory.spec.revision: directory for directory in directories}
-        self._keeper = ReplicaKeeper(context.id, by_revision, self._settings, context.registry, devices)
+        self._keeper = ReplicaKeeper(context.id, by_revision, self._settings, context.registry, devices, self._changed)
         self._guests = GuestHost(context.id, by_revision, self._settings, devices)
         self._guests.attach(context.server)
         self._adaptations = AdaptationHost(context.id, by_revision, self._settings, devices)
         self._adaptations.attach(context.server)
         NodeServicer(context.id, self._keeper.reports).attach(context.server)
         self._keeping = context.tasks.create_task(self._offer_and_keep(context.registry, directories, self._keeper), name="replicas")
-        context.set_readiness(None)
+        self._context = context
+        self._changed()
+
+    def _changed(self) -> None:
+        """A group has come further, or ended."""
+        if self._context is not None and self._keeper is not None and self._context.readiness != "draining":
+            self._context.set_readiness(self._keeper.unreadiness)
 
     async def _offer_and_keep(self, registry: Registry, directories: tuple[ModelDirectory, ...], keeper: ReplicaKeeper) -> None:
         for directory in directories:
@@ -70,7 +80,8 @@ class Node:
             await self._guests.drain()
         if self._adaptations is not None:
             await self._adaptations.drain()
-        if self._keeping is not None:
+        if self._keeping is not None and self._keeper is not None:
+            await self._keeper.hand_over(Deadline.after(_HAND_OVER_SHARE * deadline.remaining_s()))
             self._keeping.cancel()
             await asyncio.wait((self._keeping,), timeout=deadline.remaining_s() + 5.0)
 

@@ -6,14 +6,15 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from tensorway.deadline import Deadline
 from tensorway.errors import Unavailable
 from tensorway.model_directory import ModelDirectory
 from tensorway.registry.patience import released
-from tensorway.registry.port import DESIRED, GROUP, NODE, NODES, Lease, Registration, Registry
+from tensorway.registry.port import DESIRED, GROUP, NODE, NODES, ORCHESTRATOR, Lease, Registration, Registry
 from tensorway_worker.devices import DevicePool
 from tensorway_worker.group_report import GroupReport
 from tensorway_worker.placement import Desired, Partner, Replica, partners_for, replica_to_move, replicas_to_claim, replicas_to_stop
@@ -24,6 +25,7 @@ from tensorway_worker.supervisor import GroupSupervisor
 _LOG = logging.getLogger(__name__)
 #: How soon the registry is asked again that was away, seconds.
 _CLAIM_AGAIN_S: Final = 1.0
+_ON_THE_WAY: Final = (words.STARTING, words.LOADING, words.WARMING)
 #: How often a node asks itself whether it runs more replicas than its share, seconds.
 _SPREAD_EVERY_S: Final = 10.0
 
@@ -40,6 +42,8 @@ class _View:
     #: Ranks that each node runs, for itself and for others.
     num_ranks: Counter[str] = field(default_factory=Counter)
     live_revisions: frozenset[str] = frozenset()
+    #: Nodes with a live group, by revision.
+    served_by: dict[str, frozenset[str]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -55,9 +59,10 @@ class ReplicaKeeper:
     """Follows the registry and keeps this node's share of the replicas running."""
 
     def __init__(
-        self, node: str, directories: Mapping[str, ModelDirectory], settings: NodeSettings, registry: Registry, devices: DevicePool
+        self, node: str, directories: Mapping[str, ModelDirectory], settings: NodeSettings, registry: Registry, devices: DevicePool,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`directories` are those that the node offers, by revision."""
+        """`directories` are those that the node offers, by revision. `on_change` is called after every change of what `reports` says."""
         self._node = node
         self._directories = directories
         self._settings = settings
@@ -66,7 +71,11 @@ class ReplicaKeeper:
         self._changed = asyncio.Event()
         self._report_changed = asyncio.Event()
         self._running: dict[str, _Running] = {}
+        self._on_change = on_change
         self._may_double = False
+        self._is_leaving = False
+        #: Whether it has looked at least once for what it should run.
+        self._has_looked = False
         self._devices = devices
 
     def reports(self) -> tuple[GroupReport, ...]:
@@ -94,8 +103,46 @@ class ReplicaKeeper:
             except Unavailable as error:
                 _LOG.warning("this node's document stays behind, which nobody minds: %s", error)
 
+    @property
+    def unreadiness(self) -> str | None:
+        """None once all that the node claimed has served (or has failed to start, which its readiness does not wait for)."""
+        if not self._has_looked:
+            return "the registry has not been read yet"
+        starting = [report.id for report in self.reports() if report.epoch <= 1 and report.state in _ON_THE_WAY]
+        return f"starting: {', '.join(starting)}" if starting else None
+
+    async def hand_over(self, deadline: Deadline) -> None:
+        """Before this node stops: lets others claim its replicas, and goes on with what nobody else serves yet, until `deadline`."""
+        self._is_leaving = True
+        for running in tuple(self._running.values()):
+            await released(running.lease)
+        try:
+            if not await self._registry.registrations(ORCHESTRATOR):
+                return  # the mesh ends: nobody is left to serve
+            async with asyncio.timeout(max(0.0, deadline.remaining_s())):
+                while self._is_needed():
+                    self._changed.clear()
+                    await self._changed.wait()
+        except (TimeoutError, Unavailable) as error:
+            _LOG.warning("no other node has taken over in time: %s", error)
+
+    def _is_needed(self) -> bool:
+        """Whether a group serves here that another node could run and none does."""
+        view = self._view
+        others = view.nodes.keys() - {self._node}
+        for running in self._running.values():
+            revision = running.supervisor.replica.revision
+            is_offered = any(revision in view.offers.get(node, frozenset()) for node in others)
+            is_wanted = (wish := view.desired.get(running.supervisor.replica.model)) is not None and wish.revision == revision
+            serves = running.supervisor.report.state == words.READY
+            if serves and is_offered and is_wanted and not view.served_by.get(revision, frozenset()) - {self._node}:
+                return True
+        return False
+
     async def _reconcile(self, tasks: asyncio.TaskGroup) -> None:
         """Claims and starts what is missing, stops what is no longer wanted."""
+        if self._is_leaving:
+            return
         view = self._view
         offers = {node: view.offers.get(node, frozenset()) for node in view.nodes}
         offers[self._node] = frozenset(self._directories)
@@ -113,14 +160,21 @@ class ReplicaKeeper:
         running = tuple(entry.supervisor.replica for entry in self._running.values())
         for replica in replicas_to_stop(running, view.desired, view.live_revisions):
             self._running[replica.key].task.cancel()
+        if not self._has_looked and view.desired and view.nodes:
+            self._has_looked = True
+            self._on_change()
 
     def _start(self, replica: Replica, lease: Lease, tasks: asyncio.TaskGroup) -> None:
         supervisor = GroupSupervisor(
-            replica, self._directories[replica.revision], self._settings, self._node, self._devices, self._report_changed.set,
+            replica, self._directories[replica.revision], self._settings, self._node, self._devices, self._reported,
             self._partners,
         )
         task = tasks.create_task(self._supervise(replica, supervisor, lease), name=f"group {supervisor.report.id}")
         self._running[replica.key] = _Running(lease, supervisor, task)
+
+    def _reported(self) -> None:
+        self._report_changed.set()
+        self._on_change()
 
     def _partners(self, replica: Replica) -> tuple[Partner, ...]:
         view = self._view
@@ -143,7 +197,7 @@ class ReplicaKeeper:
         finally:
             await asyncio.shield(released(lease))
             del self._running[replica.key]
-            self._report_changed.set()
+            self._reported()
             self._changed.set()
 
     async def _stop_when_lost(self, replica: Replica, lease: Lease) -> None:
@@ -183,6 +237,10 @@ class ReplicaKeeper:
     async def _follow_groups(self) -> None:
         async for registrations in self._registry.watch(GROUP):
             self._view.live_revisions = frozenset(_revision(registration) for registration in registrations)
+            self._view.served_by = {
+                revision: frozenset(each.metadata.get("node", "") for each in registrations if _revision(each) == revision)
+                for revision in self._view.live_revisions
+            }
             self._changed.set()
 
     async def _allow_doubling(self) -> None:
