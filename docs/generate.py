@@ -28,6 +28,7 @@ from tensorway.v1 import tensor_pb2
 from tensorway_gateway.settings import GatewaySettings
 from tensorway_gateway.statistics import Statistics, StatisticsCollector
 from tensorway_orchestrator.metrics import OrchestratorMetrics
+from tensorway_orchestrator.roster_metrics import RosterCollector
 from tensorway_orchestrator.settings import OrchestratorSettings
 from tensorway_worker.settings import NodeSettings
 
@@ -152,6 +153,7 @@ def metrics() -> Iterator[str]:
     gateway, orchestrator = CollectorRegistry(), CollectorRegistry()
     StatisticsCollector(Statistics(), lambda: (0, 0), gateway)
     OrchestratorMetrics(orchestrator)
+    RosterCollector(lambda: (), orchestrator)
     yield from ("| service | metric | kind | meaning |", "| --- | --- | --- | --- |")
     for service, registry in (("gateway", gateway), ("orchestrator", orchestrator)):
         for family in registry.collect():

@@ -27,6 +27,7 @@ from tensorway_orchestrator.metrics import OrchestratorMetrics
 from tensorway_orchestrator.pool import Group
 from tensorway_orchestrator.retention import Retention
 from tensorway_orchestrator.retry import RetryPolicy
+from tensorway_orchestrator.roster import Roster
 from tensorway_orchestrator.settings import OrchestratorSettings
 from tensorway_orchestrator.stream_table import StreamTable
 from tensorway_orchestrator.whole_texts import WholeTexts
@@ -58,6 +59,10 @@ class Dispatcher:
     def num_open(self) -> int:
         """Requests that are not answered, and streams that have a reader."""
         return sum(lane.num_open for lane in self._lanes.values())
+
+    def rosters(self) -> list[tuple[str, Roster]]:
+        """The model and the roster of each lane."""
+        return [(lane.spec.model, lane.roster if isinstance(lane, Lane) else lane.places.roster) for lane in self._lanes.values()]
 
     def on_exchange(self, exchange: Exchange) -> None:
         """Queues one request, or answers why not. Neither blocks nor raises."""

@@ -9,6 +9,7 @@ from tensorway.transport import LinkServer
 from tensorway_orchestrator.dispatcher import Dispatcher
 from tensorway_orchestrator.metrics import OrchestratorMetrics
 from tensorway_orchestrator.pool import Group, GroupPool
+from tensorway_orchestrator.roster_metrics import RosterCollector
 from tensorway_orchestrator.servicer import InferenceServicer
 from tensorway_orchestrator.settings import OrchestratorSettings
 
@@ -29,6 +30,7 @@ class Orchestrator:
     async def start(self, context: ServiceContext) -> None:
         self._context = context
         dispatcher = self._dispatcher = Dispatcher(self._settings, OrchestratorMetrics(context.metrics))
+        RosterCollector(dispatcher.rosters, context.metrics)
         self._links = LinkServer(dispatcher.on_exchange, self._settings.max_message_bytes)
         self._links.attach(context.server)
         InferenceServicer(dispatcher).attach(context.server)
