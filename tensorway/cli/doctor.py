@@ -94,7 +94,7 @@ async def check_mesh(registry_url: str, endpoint: str) -> list[Finding]:
         finally:
             await registry.close()
     except (TensorwayError, TimeoutError) as error:
-        findings.append(Finding("registry", False, f"{registry_url}: {error or 'did not answer'}", "give the mesh's own with --registry"))
+        findings.append(Finding("registry", False, f"{registry_url}: {str(error) or 'did not answer'}", "give the mesh's own with --registry"))
     else:
         findings.append(Finding("registry", True, registry_url))
         findings += await _check_members(members)
@@ -140,6 +140,8 @@ async def _check_models(endpoint: str) -> list[Finding]:
 
 def _judge(model: ModelDescription) -> Finding:
     replicas = f"{model.num_ready_replicas} of {model.num_replicas} replicas serve"
+    if model.is_dormant:
+        return Finding(f"model {model.name}", True, model.reason)
     if not model.is_ready:
         remedy = "wait for it" if model.state == "loading" else "mend what the reason names; the node tries again by itself"
         return Finding(f"model {model.name}", False, f"{model.state}: {model.reason}", remedy)

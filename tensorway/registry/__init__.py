@@ -9,10 +9,14 @@ __all__ = ["open_registry"]
 
 
 def open_registry(url: str) -> Registry:
-    """The registry at `url` (`directory:PATH`). Raises InvalidRequest for a scheme that nothing here speaks."""
+    """The registry at `url`: `directory:PATH`, or `consul://HOST:PORT/PREFIX` (see `consul_url`). Raises InvalidRequest for others."""
     scheme, _, rest = url.partition(":")
     if scheme == "directory" and rest:
         from tensorway.registry.directory import DirectoryRegistry
 
         return DirectoryRegistry(rest)
-    raise InvalidRequest(f"registry {url!r}: expected directory:PATH", field="registry")
+    if scheme == "consul":
+        from tensorway.registry.consul import ConsulRegistry
+
+        return ConsulRegistry(url)
+    raise InvalidRequest(f"registry {url!r}: expected directory:PATH or consul://HOST:PORT", field="registry")

@@ -203,7 +203,7 @@ class _DirectoryLease:
 
 
 def _file_name(key: str) -> str:
-    return quote(key, safe="")
+    return key.replace(".", "%2E") if key in (".", "..") else quote(key, safe="")
 
 
 def _check_size(name: str, value: bytes) -> None:

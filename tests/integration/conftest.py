@@ -1,4 +1,4 @@
-"""A whole mesh of real processes: gateways, orchestrators and nodes, with a directory registry in a temporary folder."""
+"""A whole mesh of real processes: gateways, orchestrators and nodes, with a directory registry in a temporary folder, or another one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from tensorway import AsyncClient
 from tensorway.cli.local_mesh import LocalMesh, Member, MemberPlan, flags_of
 from tensorway.errors import TensorwayError
-from tensorway.registry.directory import DirectoryRegistry
-from tensorway.registry.port import GATEWAY, GROUP, Registration
+from tensorway.registry import open_registry
+from tensorway.registry.port import GATEWAY, GROUP, Registration, Registry
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "models"
@@ -26,7 +26,7 @@ class Mesh:
     """A running mesh and how to reach and to hurt it."""
 
     processes: LocalMesh
-    registry: DirectoryRegistry
+    registry: Registry
     registry_url: str
     models_dir: Path
     settings: Mapping[str, object]
@@ -75,13 +75,15 @@ class Mesh:
 
 @asynccontextmanager
 async def running_mesh(
-    path: Path, *models: str, models_dir: Path = MODELS, orchestrators: int = 1, nodes: int = 1, **settings: object
+    path: Path, *models: str, models_dir: Path = MODELS, orchestrators: int = 1, nodes: int = 1, registry_url: str = "",
+    **settings: object,
 ) -> AsyncIterator[Mesh]:
-    """A mesh with `models` served. What it printed is shown when the block fails."""
-    url = f"directory:{path / 'registry'}"
+    """A mesh with `models` served, on a directory unless `registry_url` says otherwise. What it printed is shown when the block fails."""
+    url = registry_url or f"directory:{path / 'registry'}"
     async with AsyncExitStack() as stack:
         processes = await stack.enter_async_context(LocalMesh(path / "logs", grace_s=20))
-        registry = await stack.enter_async_context(DirectoryRegistry(path / "registry"))
+        registry = open_registry(url)
+        stack.push_async_callback(registry.close)
         names = '["' + '","'.join(models) + '"]'
         mesh = Mesh(processes, registry, url, models_dir, {"models": names, **settings})
         try:

@@ -11,8 +11,6 @@ from tensorway_orchestrator.batching import BatchLimits
 from tensorway_orchestrator.requests import Request
 
 _MIN_RETRY_AFTER_S: Final = 0.05
-#: Predictions are seldom more wrong than this.
-_SURELY_LATE: Final = 0.9
 
 
 @dataclass(slots=True)
@@ -82,8 +80,3 @@ def doomed(request: Request, spec: RevisionSpec, finish_s: float, now_s: float) 
         f"model {spec.model!r} would answer in {finish_s - now_s:.3f} s, the deadline is in {request.deadline_s - now_s:.3f} s",
         hop="orchestrator", retry_after_s=max(_MIN_RETRY_AFTER_S, finish_s - request.deadline_s),
     )
-
-
-def surely_s(took_s: float, now_s: float) -> float:
-    """Before this instant no batch that is predicted to take `took_s` is answered: requests due earlier are not worth a step."""
-    return now_s + _SURELY_LATE * took_s

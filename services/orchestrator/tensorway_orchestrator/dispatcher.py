@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pydantic import ValidationError
 
 from tensorway.errors import FailedPrecondition, NotFound, TensorwayError
 from tensorway.generation import GenerationLimits
+from tensorway.loads import ModelLoad
 from tensorway.registry.port import DESIRED, REVISIONS, Registry
 from tensorway.resilience import Fallback
 from tensorway.revisions import decode_revision
@@ -23,6 +25,8 @@ from tensorway_orchestrator.fallback import FallbackExchange, Handover
 from tensorway_orchestrator.generation_lane import GenerationLane
 from tensorway_orchestrator.keyed_requests import KeyedRequests
 from tensorway_orchestrator.lane import Lane
+from tensorway_orchestrator.lane_load import read_load
+from tensorway_orchestrator.load import LaneMeter
 from tensorway_orchestrator.metrics import OrchestratorMetrics
 from tensorway_orchestrator.pool import Group
 from tensorway_orchestrator.retention import Retention
@@ -51,6 +55,10 @@ class Dispatcher:
         self._lanes: dict[tuple[str, str], Lane | GenerationLane] = {}
         #: Model -> revision that serves.
         self._serving: dict[str, str] = {}
+        #: Model -> replicas that are wanted of it.
+        self._wanted: dict[str, int] = {}
+        #: Set when a request comes for a model that has no replica and may have one.
+        self.called = asyncio.Event()
         #: Groups seen before their revision's document.
         self._early: dict[str, Group] = {}
         self._documents: Mapping[str, bytes] = {}
@@ -129,6 +137,23 @@ class Dispatcher:
         """True once requests for the model, without a revision, find their lane."""
         return (model, self._serving.get(model, "")) in self._lanes
 
+    @property
+    def has_dormant(self) -> bool:
+        """Whether a model has no group because no request came for long: such a model can be asked."""
+        return any(self._is_dormant(lane.spec) for lane in self._lanes.values())
+
+    def serving_specs(self) -> dict[str, RevisionSpec]:
+        """Of every model whose serving revision has a lane, by model."""
+        return {model: lane.spec for model, revision in self._serving.items() if (lane := self._lanes.get((model, revision))) is not None}
+
+    def loads(self, now_s: float) -> tuple[ModelLoad, ...]:
+        """Of all models that are wanted, by name."""
+        return tuple(read_load(self._lanes[model, self._serving[model]], now_s) for model in sorted(self.serving_specs()))
+
+    def wanted(self, model: str) -> int:
+        """Replicas of a model that are wanted."""
+        return self._wanted.get(model, 0)
+
     def group_changed(self, group: Group, is_gone: bool) -> None:
         """The pool's listener."""
         lane = self._lanes.get((group.model, group.revision))
@@ -149,17 +174,23 @@ class Dispatcher:
                     self._open_lane(key, document)
             self._documents = documents
 
-    async def follow_desired(self, registry: Registry) -> None:
-        """Learns which revision of each model serves, until cancelled."""
+    async def follow_desired(self, registry: Registry, on_change: Callable[[], None] = lambda: None) -> None:
+        """Learns which revision of each model serves and how many replicas it should have, until cancelled."""
         async for documents in registry.watch_documents(DESIRED):
             serving: dict[str, str] = {}
+            wanted: dict[str, int] = {}
             for key, document in documents.items():
                 try:
-                    wanted = json.loads(document)
-                    serving[str(wanted["model"])] = str(wanted["revision"])
+                    wish = json.loads(document)
+                    model, revision, num_replicas = str(wish["model"]), str(wish["revision"]), int(wish["replicas"])
                 except (ValueError, KeyError, TypeError) as error:
                     _LOG.error("document %s is no desired state and is ignored: %s", key, error)
-            self._serving = serving
+                else:
+                    serving[model], wanted[model] = revision, num_replicas
+            self._serving, self._wanted = serving, wanted
+            for lane in self._lanes.values():
+                self._tell_dormant(lane)
+            on_change()
 
     def close(self) -> None:
         for lane in self._lanes.values():
@@ -176,6 +207,7 @@ class Dispatcher:
         if identity in self._lanes:
             return  # a revision never changes
         lane = self._lanes[identity] = self._new_lane(spec)
+        self._tell_dormant(lane)
         for group in tuple(self._early.values()):
             if (group.model, group.revision) == identity:
                 del self._early[group.id]
@@ -193,6 +225,7 @@ class Dispatcher:
             group_wait_s=_group_wait_s(spec, settings),
             metrics=self._metrics.lane(spec.model),
             held=self._held,
+            meter=LaneMeter.of(spec, time.monotonic(), self.called.set),
             zone=settings.zone,
         )
         self._metrics.queued_rows.labels(spec.model).set_function(lambda: lane.queue.num_rows)
@@ -208,6 +241,7 @@ class Dispatcher:
             group_wait_s=_group_wait_s(spec, self._settings),
             metrics=metrics.streams(spec.model),
             held=self._held,
+            meter=LaneMeter.of(spec, time.monotonic(), self.called.set),
             table=self._streams,
             zone=self._settings.zone,
         )
@@ -215,6 +249,15 @@ class Dispatcher:
         metrics.waiting_choices.labels(spec.model).set_function(lambda: lane.queue.num_waiting)
         lane.start()
         return lane
+
+    def _is_dormant(self, spec: RevisionSpec) -> bool:
+        wanted = self._wanted.get(spec.model)
+        return spec.scaling is not None and wanted == 0 and self._serving.get(spec.model) == spec.revision
+
+    def _tell_dormant(self, lane: Lane | GenerationLane) -> None:
+        is_dormant = self._is_dormant(lane.spec)
+        lane.meter.cool(is_dormant)
+        (lane.places.wait if isinstance(lane, GenerationLane) else lane.wait).dormant(is_dormant)
 
     def _close_lane(self, key: str) -> None:
         model, _, revision = key.removeprefix(REVISIONS).rpartition("/")

@@ -23,7 +23,7 @@ _MAX_STALE: Final = 64
 
 @dataclass(slots=True, eq=False)
 class Forecast:
-    """Of one revision. Counts the groups in rotation: `enter` and `exit` go in pairs, around every change of a group's step times too."""
+    """Of one revision. Counts the groups in rotation: `enter` and `exit` go in pairs, and around every change of times and slowness."""
 
     #: Most rows of a batch.
     max_rows: int
@@ -32,6 +32,8 @@ class Forecast:
     #: Rows a second of the groups that have measured steps, in full batches.
     _rows_per_s: float = 0.0
     _num_measured: int = 0
+    #: Of all groups' slowness.
+    _slowness: float = 0.0
     _num_unmeasured: int = 0
     #: (predicted idle instant, order, group); only the last entry of a group counts.
     _idle: list[tuple[float, int, GroupRecord]] = field(default_factory=list)
@@ -41,8 +43,14 @@ class Forecast:
     def num_groups(self) -> int:
         return self._num_measured + self._num_unmeasured
 
+    @property
+    def mean_slowness(self) -> float:
+        """See `Standing.slowness`; 1 where there is no group."""
+        return self._slowness / self.num_groups if self.num_groups else 1.0
+
     def enter(self, record: GroupRecord) -> None:
         """Counts a group in. What it has in flight must be told to `loaded`."""
+        self._slowness += record.standing.slowness
         if not record.step_times.num_samples:
             self._num_unmeasured += 1
             return
@@ -53,6 +61,7 @@ class Forecast:
 
     def exit(self, record: GroupRecord) -> None:
         """Counts a group out."""
+        self._slowness -= record.standing.slowness
         if not record.step_times.num_samples:
             self._num_unmeasured -= 1
             return

@@ -19,6 +19,7 @@ from tensorway_orchestrator.admission import HeldBytes, no_group
 from tensorway_orchestrator.attempt import Attempt
 from tensorway_orchestrator.choice_queue import ChoiceQueue
 from tensorway_orchestrator.generation_admission import GenerationLoad, refusal
+from tensorway_orchestrator.load import LaneMeter
 from tensorway_orchestrator.metrics import StreamMetrics
 from tensorway_orchestrator.places import GroupPlaces
 from tensorway_orchestrator.pool import Group
@@ -30,8 +31,6 @@ from tensorway_orchestrator.survival import Loss, verdict
 
 #: A leader that is full is left alone for at least this long.
 _MIN_REST_S: Final = 0.005
-#: How much the last attempt's time weighs in the mean.
-_NEWEST: Final = 0.1
 _ATTEMPT_IDS: Final = count(1)
 
 
@@ -46,6 +45,7 @@ class GenerationLane:
     group_wait_s: float
     metrics: StreamMetrics
     held: HeldBytes
+    meter: LaneMeter
     table: StreamTable
     #: Where this orchestrator runs; "" for nowhere in particular.
     zone: str = ""
@@ -54,8 +54,6 @@ class GenerationLane:
     queue: ChoiceQueue = field(default_factory=ChoiceQueue)
     #: Streams that have a reader.
     streams: set[Stream] = field(default_factory=set)
-    #: Mean time of an attempt.
-    _attempt_s: float = 0.0
     _is_closed: bool = False
 
     def __post_init__(self) -> None:
@@ -78,6 +76,7 @@ class GenerationLane:
     def open(self, generation: Generation, origin: Exchange) -> Stream | None:
         """Begins a stream, or goes on with one of another orchestrator. Where it may not begin, `origin` is told why, and there is none."""
         now_s = time.monotonic()
+        self.meter.arrived(generation.num_choices, now_s)
         refused = refusal(generation, origin.deadline.at_s, self.spec, self._load(now_s), now_s)
         if refused is not None:
             self.metrics.failed(refused.status.name)
@@ -152,7 +151,7 @@ class GenerationLane:
         """See `AttemptListener`."""
         choice, now_s = attempt.choice, time.monotonic()
         choice.attempt = choice.held = None
-        self._attempt_s += _NEWEST * (now_s - attempt.sent_s - self._attempt_s)
+        self.meter.answered(1, now_s - attempt.sent_s, choice.stream.sent_s - choice.stream.arrived_s, now_s)
         if choice.transcript.is_finished:
             attempt.sending.roster.answered(attempt.sending.batch, now_s)
         else:
@@ -208,7 +207,7 @@ class GenerationLane:
     def _load(self, now_s: float) -> GenerationLoad:
         places = self.places
         return GenerationLoad(
-            places.num_free, self.queue.num_waiting, self.limits.max_waiting, places.num_places, self._attempt_s, self.held,
+            places.num_free, self.queue.num_waiting, self.limits.max_waiting, places.num_places, self.meter.step_s, self.held,
             places.wait.is_over(now_s),
         )
 

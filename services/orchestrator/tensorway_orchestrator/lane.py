@@ -15,13 +15,17 @@ from tensorway.errors import Overloaded, TensorwayError, Unavailable
 from tensorway.signature import RevisionSpec
 from tensorway.transport.port import Payload
 from tensorway_orchestrator import wire
-from tensorway_orchestrator.admission import HeldBytes, LaneLoad, doomed, no_group, refusal, surely_s
+from tensorway_orchestrator.admission import HeldBytes, LaneLoad, doomed, no_group, refusal
 from tensorway_orchestrator.batch_attempt import BatchAttempt
-from tensorway_orchestrator.batching import BatchLimits, Burst, GroupLoad, ShapeRule, Waiting, burst_window_s, leave_at_s, rows_in_time
+from tensorway_orchestrator.batching import BatchLimits, Burst, ShapeRule, Waiting, burst_window_s, leave_at_s
+from tensorway_orchestrator.boarding import board
+from tensorway_orchestrator.group_record import GroupRecord
 from tensorway_orchestrator.group_wait import GroupWait
 from tensorway_orchestrator.hedging import Hedger
+from tensorway_orchestrator.load import LaneMeter
 from tensorway_orchestrator.metrics import LaneMetrics
 from tensorway_orchestrator.open_requests import OpenRequests
+from tensorway_orchestrator.outlook import Outlook
 from tensorway_orchestrator.pool import Group
 from tensorway_orchestrator.recovery import Recovery
 from tensorway_orchestrator.requests import Request, RequestQueue
@@ -50,17 +54,19 @@ class Lane:
     group_wait_s: float
     metrics: LaneMetrics
     held: HeldBytes
+    meter: LaneMeter
     #: Where this orchestrator runs; "" for nowhere in particular.
     zone: str = ""
     roster: Roster = field(init=False)
     budget: RetryBudget = field(init=False)
+    outlook: Outlook = field(init=False)
     open: OpenRequests = field(init=False)
     recovery: Recovery = field(init=False)
     hedger: Hedger | None = None
     groups: dict[str, Group] = field(default_factory=dict)
     queue: RequestQueue = field(default_factory=RequestQueue)
     burst: Burst = field(default_factory=Burst)
-    _wait: GroupWait = field(init=False)
+    wait: GroupWait = field(init=False)
     _leave_timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
@@ -69,9 +75,10 @@ class Lane:
         self.roster = Roster(max_rows, random.randrange, zone=self.zone)
         if self.spec.hedging is not None:
             self.hedger = Hedger(self.spec.hedging)
-        self.open = OpenRequests(self.spec.model, self.queue, self.held, self.metrics)
+        self.outlook = Outlook(self.roster)
+        self.open = OpenRequests(self.spec.model, self.queue, self.held, self.metrics, self.outlook)
         self.recovery = Recovery(self.spec.model, self.open, self.policy, self.budget, self.hedger, self.metrics, self.pump)
-        self._wait = GroupWait(self.group_wait_s, self._give_up)
+        self.wait = GroupWait(self.group_wait_s, self._give_up)
 
     @property
     def num_open(self) -> int:
@@ -80,11 +87,12 @@ class Lane:
 
     def start(self) -> None:
         """Begins the wait for a first group."""
-        self._wait.missing(is_registered=False)
+        self.wait.missing(is_registered=False)
 
     def offer(self, request: Request) -> None:
         """Admits a request, or answers it at once with why not."""
         now_s = request.arrived_s
+        self.meter.arrived(request.weight, now_s)
         refused = refusal(request, self.spec, self.limits, self._load(request, now_s), now_s) or self.recovery.refusal(request, now_s)
         if refused is not None:
             self.metrics.failed(refused.status.name)
@@ -94,6 +102,7 @@ class Lane:
         if self.hedger is not None:
             self.hedger.arrived()
         self.open.admit(request, now_s)
+        self.outlook.admitted(request.priority, request.weight, now_s)
         self.queue.offer(request)
         self.burst.arrived(request.weight, now_s)
         self.pump()
@@ -109,15 +118,18 @@ class Lane:
             if chosen is None:
                 self._pump_at(self.roster.next_change_s(), now_s)
                 return
-            head, group, load = chosen
+            head, record = chosen
             waiting = Waiting(self.queue.num_rows, head.arrived_s, head.deadline_s)
             # What goes alone has no company to wait for.
-            leave_s = now_s if head.alone else leave_at_s(self.limits, waiting, load, self.burst, now_s)
+            leave_s = now_s if head.alone else leave_at_s(self.limits, waiting, record.load(), self.burst, now_s)
             if leave_s > now_s + _AT_ONCE_S:
                 self._pump_at(leave_s, now_s)
                 return
-            max_rows = rows_in_time(self.limits, head, load, now_s)
-            self._send(group, self.queue.take(head, max_rows, self.limits.max_bytes, self.limits.max_requests), now_s)
+            boarding = board(self.queue, head, record, self.limits, now_s)
+            for request in boarding.doomed:
+                if not request.carriers:
+                    self.open.give_up(request, doomed(request, self.spec, max(request.deadline_s, record.earliest_s(1, now_s)), now_s))
+            self._send(self.groups[record.id], boarding.taken, now_s)
 
     def _pump_at(self, instant_s: float, now_s: float) -> None:
         """Infinity: whatever makes room pumps."""
@@ -133,14 +145,14 @@ class Lane:
             self.groups[group.id] = group
             group.follow(self.roster)
         if self.roster.has_live:
-            self._wait.found()
+            self.wait.found()
             self.pump()
         else:
-            self._wait.missing(is_registered=bool(self.groups))
+            self.wait.missing(is_registered=bool(self.groups))
 
     def close(self) -> None:
         """The revision is withdrawn: answers what waits."""
-        self._wait.stop()
+        self.wait.stop()
         if self._leave_timer is not None:
             self._leave_timer.cancel()
         for request in self.queue.drain():
@@ -163,20 +175,19 @@ class Lane:
             if self.hedger is not None:
                 self.hedger.times.observe(now_s - batch.sent_s)
         self.metrics.batch(batch.rows, reply.step_us / 1e6)
+        self.meter.answered(batch.rows, reply.step_us / 1e6, batch.sent_s - requests[0].arrived_s, now_s)
         self.burst.answered(batch.rows, burst_window_s(self.limits, batch.record.times), now_s)
         # The next batch first: the group must not wait while answers are written.
         self.pump()
-        is_first = True
-        for request, result in zip(requests, reply.results, strict=True):
+        for number, (request, result) in enumerate(zip(requests, reply.results, strict=True)):
             if request.is_open:
                 if isinstance(result, TensorwayError):
                     self._failed(attempt, request, result)
                 else:
-                    timing = wire.timing_of(reply, request, batch, len(requests), is_first, group.id)
+                    timing = wire.timing_of(reply, request, batch, len(requests), number == 0, group.id)
                     if request.num_hedges and group.id not in request.lost_groups:
                         self.metrics.hedge_won()
                     self.open.answer(request, batch.sent_s, wire.write_reply(result[0], self.spec.revision, timing), result[1])
-            is_first = False
 
     def lost(self, attempt: BatchAttempt, error: TensorwayError) -> None:
         """See `BatchListener`: another attempt for each request that may have one."""
@@ -225,10 +236,7 @@ class Lane:
                 self.queue.offer(request)
         self.pump()
 
-    def _send(self, group: Group, taken: list[Request], now_s: float) -> None:
-        requests = self._in_time(group, taken, now_s)
-        if not requests:
-            return
+    def _send(self, group: Group, requests: list[Request], now_s: float) -> None:
         head, payload = wire.write_batch(next(_BATCH_IDS), group.epoch, requests, now_s)
         rows = 0
         for request in requests:
@@ -246,20 +254,6 @@ class Lane:
         if not requests[0].is_explanation:
             self._watch(attempt, now_s)
 
-    def _in_time(self, group: Group, taken: list[Request], now_s: float) -> list[Request]:
-        """Those that may be answered before their deadline; the others are not worth a step, and are told so now."""
-        record = group.record
-        if record is None or record.step_times.num_samples < self.roster.policy.min_samples or taken[0].is_explanation:
-            return taken
-        rows = sum(request.weight for request in taken)
-        took_s = record.wait_s(now_s) + record.step_times.predict_s(rows)
-        if min(request.deadline_s for request in taken) >= surely_s(took_s, now_s):
-            return taken
-        for request in taken:
-            if request.deadline_s < surely_s(took_s, now_s) and request.is_open and not request.carriers:
-                self.open.fail(request, doomed(request, self.spec, now_s + took_s, now_s))
-        return [request for request in taken if request.deadline_s >= surely_s(took_s, now_s)]
-
     def _watch(self, attempt: BatchAttempt, now_s: float) -> None:
         delay_s = None if self.hedger is None else self.hedger.delay_s()
         if delay_s is not None:
@@ -271,11 +265,13 @@ class Lane:
     def _load(self, request: Request, now_s: float) -> LaneLoad:
         rows_ahead, roster = self.queue.rows_ahead(request.priority), self.roster
         is_busy = rows_ahead > 0 or not roster.rotation.num_idle
-        finish_s = roster.predict_finish_s(rows_ahead, request.weight, now_s) if is_busy else None
+        if is_busy:
+            request.promise = self.outlook.promise(rows_ahead, request.weight, request.priority, now_s)
+        finish_s = None if request.promise is None else request.promise.finish_s
         step_s = roster.forecast.typical.predict_s(self.limits.max_rows)
-        return LaneLoad(self.queue.num_rows, self.held, self._wait.is_over(now_s), step_s, finish_s)
+        return LaneLoad(self.queue.num_rows, self.held, self.wait.is_over(now_s), step_s, finish_s)
 
-    def _choose(self, head: Request, now_s: float) -> tuple[Request, Group, GroupLoad] | None:
+    def _choose(self, head: Request, now_s: float) -> tuple[Request, GroupRecord] | None:
         """The next batch's first request and its group: what must avoid a group does not hold up what may go there."""
         chosen = self._choose_for(head, now_s)
         if chosen is not None or not (head.lost_groups or head.alone):
@@ -285,12 +281,12 @@ class Lane:
                 return chosen
         return None
 
-    def _choose_for(self, head: Request, now_s: float) -> tuple[Request, Group, GroupLoad] | None:
+    def _choose_for(self, head: Request, now_s: float) -> tuple[Request, GroupRecord] | None:
         rows = min(self.queue.num_rows, self.limits.max_rows)
         record = self.roster.choose(rows, head.lost_groups, now_s)
         if record is None or (head.alone and record.in_flight):
             return None
-        return head, self.groups[record.id], record.load()
+        return head, record
 
     def _give_up(self) -> None:
         """No group has come back in time."""

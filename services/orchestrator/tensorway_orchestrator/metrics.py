@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from tensorway.loads import ModelLoad
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -36,11 +39,25 @@ class OrchestratorMetrics:
         self.waiting_choices = Gauge("tensorway_waiting_choices", "Answers that wait for a place on a group.", labels, registry=registry)
         self.parked_streams = Gauge("tensorway_parked_streams", "Token streams kept for a reader that may come back.", registry=registry)
         self.tokens = Counter("tensorway_tokens", "Tokens that groups have said.", labels, registry=registry)
+        self.arrival = Gauge("tensorway_arrival_rows_per_second", "Rows that come, over some ten seconds.", labels, registry=registry)
+        self.utilisation = Gauge(
+            "tensorway_utilisation_ratio", "Share of the time that groups spend on this orchestrator's batches.", labels, registry=registry
+        )
+        self.predicted = Gauge("tensorway_predicted_replicas", "Replicas that this orchestrator's load needs.", labels, registry=registry)
+        self.desired = Gauge("tensorway_desired_replicas", "Replicas that are wanted.", labels, registry=registry)
         self.restarts = Counter("tensorway_stream_restarts", "Answers continued after their group was lost.", labels, registry=registry)
         self.resumes = Counter("tensorway_stream_resumes", "Token streams that a reader came back to.", labels, registry=registry)
 
     def lane(self, model: str) -> LaneMetrics:
         return LaneMetrics(self, model)
+
+    def loads(self, loads: Iterable[ModelLoad], wanted: Callable[[str], int]) -> None:
+        """Sets the gauges of the load; `wanted` tells the replicas of a model."""
+        for load in loads:
+            self.arrival.labels(load.model).set(load.arrival_rows_per_s)
+            self.utilisation.labels(load.model).set(load.utilisation)
+            self.predicted.labels(load.model).set(load.predicted_replicas)
+            self.desired.labels(load.model).set(wanted(load.model))
 
     def streams(self, model: str) -> StreamMetrics:
         """Those of a model that generates."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 
 from tensorway.errors import DeadlineExceeded, TensorwayError
 from tensorway.transport.port import Payload
 from tensorway_orchestrator.admission import HeldBytes
 from tensorway_orchestrator.metrics import LaneMetrics
+from tensorway_orchestrator.outlook import Outlook
 from tensorway_orchestrator.requests import Request, RequestQueue
 
 
@@ -20,6 +22,7 @@ class OpenRequests:
     queue: RequestQueue
     held: HeldBytes
     metrics: LaneMetrics
+    outlook: Outlook
     count: int = 0
 
     def admit(self, request: Request, now_s: float) -> None:
@@ -33,6 +36,8 @@ class OpenRequests:
     def answer(self, request: Request, sent_s: float, head: bytes, payload: Payload) -> None:
         """The first answer counts; `sent_s` is when its attempt began."""
         self._close(request)
+        if request.promise is not None:
+            self.outlook.answered(request.promise, time.monotonic())
         self.metrics.answered(sent_s - request.arrived_s)
         request.origin.reply(head, payload)
 
@@ -42,13 +47,19 @@ class OpenRequests:
         self.metrics.failed(error.status.name)
         request.origin.fail(error)
 
+    def give_up(self, request: Request, error: TensorwayError) -> None:
+        """An admitted request is not answered in time: admission promised too much."""
+        if request.promise is not None:
+            self.outlook.missed(request.promise)
+        self.fail(request, error)
+
     def _expire(self, request: Request) -> None:
         """The deadline has passed, wherever the request is."""
         if not request.is_open:
             return
         is_running = bool(request.carriers)
         where = f"while a group ran it (attempt {request.num_attempts})" if is_running else "in the queue"
-        self.fail(request, DeadlineExceeded(
+        self.give_up(request, DeadlineExceeded(
             f"the deadline of request {request.request_id!r} for model {self.model!r} passed {where}",
             hop="group" if is_running else "orchestrator",
         ))
@@ -57,6 +68,8 @@ class OpenRequests:
         """The gateway has cancelled it, or is gone."""
         if request.is_open:
             self._close(request)
+            if request.promise is not None and time.monotonic() >= request.deadline_s:
+                self.outlook.missed(request.promise)  # the gateway's timer was the quicker one
             self.metrics.failed("CANCELLED")
 
     def _close(self, request: Request) -> None:

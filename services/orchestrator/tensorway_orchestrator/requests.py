@@ -6,10 +6,13 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from tensorway.transport.port import Exchange, Payload
 from tensorway_orchestrator.quarantine import Death
+
+if TYPE_CHECKING:
+    from tensorway_orchestrator.outlook import Promise
 
 #: Requests that do not fit into a batch are passed over, at most this many, before the batch is closed as it is.
 _MAX_PASSED_OVER: Final = 16
@@ -59,6 +62,8 @@ class Request:
     death: Death | None = None
     #: Not 0: it goes alone, because a group died with it.
     alone: int = 0
+    #: What was predicted for it on its arrival; None where nothing was.
+    promise: Promise | None = None
     #: False once answered or withdrawn; a closed request is dropped wherever it is met.
     is_open: bool = True
     #: Whether it waits in the queue (or for its way back into it). It may be with a group at the same time.

@@ -224,7 +224,7 @@ class Roster:
         if typical.num_samples < policy.min_other_samples:
             return None
         ratio = step_s / (typical.predict_s(batch.rows) + policy.slow_slack_s)
-        return record.standing.measured(ratio, batch.sent_s, is_warming=record.share(now_s) < 1.0)
+        return record.standing.measured(ratio, self.forecast.mean_slowness, batch.sent_s, is_warming=record.share(now_s) < 1.0)
 
     def _has_other(self, avoid: Collection[str]) -> bool:
         """Whether a live group that is not ejected exists outside `avoid`."""

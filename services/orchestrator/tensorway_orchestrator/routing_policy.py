@@ -40,10 +40,12 @@ class EjectionPolicy:
     #: Groups left out, as a share of the live ones, rounded down: when most groups fail, the fault is elsewhere and leaving them out would
     #: turn a bad service into none (Envoy's panic threshold). So the only group is never left out.
     max_ejected_share: float = 0.5
-    #: First time out, seconds. It doubles with every ejection in a row up to the bound, and half of it is random, so that groups that
-    #: failed together do not come back together (equal jitter; Brooker, "Exponential backoff and jitter", 2015).
+    #: First time out, and the longest, seconds: what is really dead loses its registration, so a group that is left out may be well again
+    #: at any time, and is missed while the others are busy (Finagle and Envoy, who cannot know, wait up to 300 s). The time doubles with
+    #: every ejection in a row, and half of it is random, so that groups that failed together do not come back together (equal jitter;
+    #: Brooker, "Exponential backoff and jitter", 2015).
     first_back_off_s: float = 1.0
-    max_back_off_s: float = 30.0
+    max_back_off_s: float = 10.0
     #: A group that has served for so long since its last ejection begins at `first_back_off_s` again.
     forgive_after_s: float = 60.0
     #: Ordinary batches between two probes while other groups have room: a probe may cost its requests an attempt.

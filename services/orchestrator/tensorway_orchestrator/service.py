@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from tensorway.deadline import Deadline
 from tensorway.registry.port import ORCHESTRATOR, Registration
 from tensorway.service import ServiceContext
 from tensorway.transport import LinkServer
 from tensorway_orchestrator.dispatcher import Dispatcher
+from tensorway_orchestrator.load_board import LoadBoard
 from tensorway_orchestrator.metrics import OrchestratorMetrics
 from tensorway_orchestrator.pool import Group, GroupPool
 from tensorway_orchestrator.roster_metrics import RosterCollector
+from tensorway_orchestrator.scaler import Scaler
 from tensorway_orchestrator.servicer import InferenceServicer
 from tensorway_orchestrator.settings import OrchestratorSettings
+
+_NO_GROUP: Final = "no live worker group is connected"
 
 
 class Orchestrator:
@@ -29,16 +35,23 @@ class Orchestrator:
 
     async def start(self, context: ServiceContext) -> None:
         self._context = context
-        dispatcher = self._dispatcher = Dispatcher(self._settings, OrchestratorMetrics(context.metrics))
+        metrics = OrchestratorMetrics(context.metrics)
+        dispatcher = self._dispatcher = Dispatcher(self._settings, metrics)
         RosterCollector(dispatcher.rosters, context.metrics)
         self._links = LinkServer(dispatcher.on_exchange, self._settings.max_message_bytes)
         self._links.attach(context.server)
         InferenceServicer(dispatcher).attach(context.server)
         self._pool = GroupPool(context.registry, self._settings.max_message_bytes, self._group_changed, self._settings.local_links)
-        context.set_readiness("no live worker group is connected")
-        context.tasks.create_task(dispatcher.follow_desired(context.registry), name="desired state")
+        board = LoadBoard(
+            context.id, context.registry, dispatcher.loads, dispatcher.called, lambda loads: metrics.loads(loads, dispatcher.wanted)
+        )
+        scaler = Scaler(context.id, context.registry, dispatcher.serving_specs)
+        context.set_readiness(_NO_GROUP)
+        context.tasks.create_task(dispatcher.follow_desired(context.registry, self._judge), name="desired state")
         context.tasks.create_task(dispatcher.follow_revisions(context.registry), name="revisions")
         context.tasks.create_task(self._pool.run(), name="groups")
+        context.tasks.create_task(board.run(), name="load board")
+        context.tasks.create_task(scaler.run(), name="scaler")
 
     async def bound(self, endpoint: str) -> None:
         if self._settings.local_links and self._links is not None:
@@ -58,8 +71,13 @@ class Orchestrator:
             self._dispatcher.close()
 
     def _group_changed(self, group: Group, is_gone: bool) -> None:
-        if self._dispatcher is None or self._pool is None or self._context is None:
+        if self._dispatcher is not None:
+            self._dispatcher.group_changed(group, is_gone)
+            self._judge()
+
+    def _judge(self) -> None:
+        """Ready with a group, or with a model that gets one as soon as it is asked."""
+        if self._dispatcher is None or self._pool is None or self._context is None or self._context.readiness == "draining":
             return
-        self._dispatcher.group_changed(group, is_gone)
-        if self._context.readiness != "draining":
-            self._context.set_readiness(None if self._pool.num_connected else "no live worker group is connected")
+        can_serve = self._pool.num_connected or self._dispatcher.has_dormant
+        self._context.set_readiness(None if can_serve else _NO_GROUP)

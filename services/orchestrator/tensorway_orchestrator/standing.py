@@ -94,21 +94,23 @@ class Standing:
         """Whether a batch sent at `sent_s` is a probe."""
         return self.state is State.PROBING and sent_s >= self.since_s
 
-    def measured(self, ratio: float, sent_s: float, *, is_warming: bool) -> Reason | None:
-        """A step took `ratio` times what others' steps of as many rows take. Returns why the group should be ejected, if it should.
+    def measured(self, ratio: float, others_slowness: float, sent_s: float, *, is_warming: bool) -> Reason | None:
+        """A step took `ratio` times what others' steps of as many rows took. Returns why the group should be ejected, if it should.
 
-        `is_warming`: it has just come, and its first steps are expected to be slow.
+        `others_slowness`: the mean of the others'. Where they have all become slow, the reason is what they are sent, or a machine that
+        they share. `is_warming`: the group has just come, and its first steps are expected to be slow.
         """
         policy = self.policy
+        limit = policy.slow_factor * max(1.0, others_slowness)
         if sent_s < self.since_s or self.state is State.EJECTED:
             return None
         if self.state is State.PROBING:
-            return Reason.PROBE if ratio > policy.slow_factor else None
+            return Reason.PROBE if ratio > limit else None
         if is_warming:
             return None
         self._num_slow_samples += 1
         self.slowness += policy.slow_weight * (min(ratio, 2.0 * policy.slow_factor) - self.slowness)
-        is_slow = self.slowness > policy.slow_factor and self._num_slow_samples >= policy.min_slow_samples
+        is_slow = self.slowness > limit and self._num_slow_samples >= policy.min_slow_samples
         return Reason.SLOWNESS if is_slow else None
 
     def eject(self, draw: float, now_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,6 +53,16 @@ class StepTimes:
         would never see a larger size if they believed that it takes much longer."""
         predicted_s = self.predict_s(rows)
         return self._mean_s if self._per_row_s is None else predicted_s
+
+    def least_worthwhile(self, max_rows: int, share: float) -> int:
+        """The smallest batch that serves at least `share` of the rows a second that full ones do; `max_rows` while that is unknown."""
+        full_s = self.predict_s(max_rows)
+        if self._per_row_s is None or full_s <= 0.0:
+            return max_rows
+        fixed_s = max(0.0, full_s - self._per_row_s * max_rows)
+        # rows / (fixed + per_row x rows) >= wanted
+        wanted = share * max_rows / full_s
+        return min(max_rows, max(1, math.ceil(wanted * fixed_s / max(1e-9, 1.0 - wanted * self._per_row_s) - 1e-6)))
 
     def absorb(self, other: StepTimes) -> None:
         """Adds what `other` knows."""

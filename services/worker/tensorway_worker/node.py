@@ -23,6 +23,7 @@ from tensorway_worker.guest_host import GuestHost
 from tensorway_worker.replicas import ReplicaKeeper
 from tensorway_worker.servicer import NodeServicer
 from tensorway_worker.settings import NodeSettings
+from tensorway_worker.wish import first_wish
 
 _LOG = logging.getLogger(__name__)
 #: Share of the grace period in which others may take over; the rest is for what runs.
@@ -143,6 +144,7 @@ async def _publish(registry: Registry, directory: ModelDirectory) -> None:
     """Makes the revision known, and wanted. The directory that was started last is the revision that serves."""
     spec = directory.spec
     await registry.write(revision_key(spec.model, spec.revision), encode_revision(spec))
-    wish = {"model": spec.model, "revision": spec.revision, "replicas": spec.num_replicas}
-    await registry.write(f"{DESIRED}{spec.model}", json.dumps(wish).encode())
-    _LOG.info("model offered", extra={"fields": {"model": spec.model, "revision": spec.revision[:12], "replicas": spec.num_replicas}})
+    key = f"{DESIRED}{spec.model}"
+    wish = first_wish(spec, await registry.read(key))
+    await registry.write(key, json.dumps(wish).encode())
+    _LOG.info("model offered", extra={"fields": {"model": spec.model, "revision": spec.revision[:12], "replicas": wish["replicas"]}})

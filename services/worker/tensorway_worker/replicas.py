@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tensorway.deadline import Deadline
-from tensorway.errors import Unavailable
+from tensorway.errors import TensorwayError
 from tensorway.model_directory import ModelDirectory
 from tensorway.registry.patience import released
 from tensorway.registry.port import DESIRED, GROUP, NODE, NODES, ORCHESTRATOR, Lease, Registration, Registry
@@ -100,7 +100,7 @@ class ReplicaKeeper:
         finally:
             try:
                 await self._registry.delete(f"{NODES}{self._node}")
-            except Unavailable as error:
+            except TensorwayError as error:
                 _LOG.warning("this node's document stays behind, which nobody minds: %s", error)
 
     @property
@@ -123,7 +123,7 @@ class ReplicaKeeper:
                 while self._is_needed():
                     self._changed.clear()
                     await self._changed.wait()
-        except (TimeoutError, Unavailable) as error:
+        except (TimeoutError, TensorwayError) as error:
             _LOG.warning("no other node has taken over in time: %s", error)
 
     def _is_needed(self) -> bool:
@@ -151,7 +151,7 @@ class ReplicaKeeper:
                 continue
             try:
                 lease = await self._registry.claim(replica.key, self._node)
-            except Unavailable as error:
+            except TensorwayError as error:
                 _LOG.warning("replica %s cannot be claimed now: %s", replica.key, error)
                 asyncio.get_running_loop().call_later(_CLAIM_AGAIN_S, self._changed.set)
                 break
@@ -270,7 +270,7 @@ class ReplicaKeeper:
             }
             try:
                 await self._registry.write(f"{NODES}{self._node}", json.dumps(document).encode())
-            except Unavailable as error:
+            except TensorwayError as error:
                 _LOG.warning("this node's document cannot be written now: %s", error)
                 await asyncio.sleep(_CLAIM_AGAIN_S)
                 continue

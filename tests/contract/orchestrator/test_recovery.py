@@ -285,7 +285,7 @@ async def test_an_unknown_model_leaves_no_key_behind(bench: Bench) -> None:
 
 async def test_who_asks_later_with_a_longer_deadline_is_not_failed_by_the_first_ones(bench: Bench) -> None:
     leader = await bench.add_leader("g", on_batch=hold)
-    short = asyncio.ensure_future(bench.infer("short", key="k", timeout_s=0.5))
+    short = asyncio.ensure_future(bench.infer("short", key="k", timeout_s=1.5))
     await leader.wait_batches(1)
     long = asyncio.ensure_future(bench.infer("long", key="k", timeout_s=8))
     with pytest.raises(DeadlineExceeded):

@@ -40,6 +40,7 @@ OWNED_TASKS = {
     ("services/worker/tensorway_worker/rank/lifecycle.py", "_unless_stopped"): ("_unless_stopped", "the wait is cancelled"),
     ("tensorway/transport/channel.py", "read"): ("cancel", "what is pending is gathered"),
     ("tensorway/transport/channel.py", "write"): ("cancel", "what is pending is gathered"),
+    ("tensorway/registry/consul_tasks.py", "start"): ("close", "all are cancelled and gathered"),
     ("tensorway/cli/local_mesh.py", "watch"): ("watch", "the waits are cancelled"),
     ("tensorway/cli/up.py", "_first"): ("_first", "all are cancelled and gathered"),
     ("tensorway/transport/aio_server.py", "stop"): ("stop", "grpc's own stopping is awaited"),

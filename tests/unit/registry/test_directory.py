@@ -1,4 +1,4 @@
-"""The directory registry with real processes, locks and kills. The same promises are what the Consul adapter must keep."""
+"""What is the directory registry's own: locks, files, descriptors. What every registry promises is in tests/contract/registry."""
 
 from __future__ import annotations
 
@@ -47,21 +47,6 @@ def start_owner(registry: DirectoryRegistry, tmp_path: Path) -> subprocess.Popen
     return owner
 
 
-async def test_a_killed_owner_loses_registration_and_claim_at_once(registry: DirectoryRegistry, tmp_path: Path) -> None:
-    owner = await asyncio.to_thread(start_owner, registry, tmp_path)
-    assert await registry.claim("m/r/0", "me") is None
-    seen: list[tuple[Registration, ...]] = []
-    async with asyncio.timeout(10):
-        async for registrations in registry.watch("group"):
-            seen.append(registrations)
-            if not registrations:
-                break
-            owner.kill()
-    await asyncio.to_thread(owner.wait)
-    assert seen == [(Registration("group", "g/1", "127.0.0.1:9", {"model": "m"}),), ()]
-    assert await registry.claim("m/r/0", "me") is not None
-
-
 async def test_a_stopped_owner_keeps_what_it_holds(registry: DirectoryRegistry, tmp_path: Path) -> None:
     owner = await asyncio.to_thread(start_owner, registry, tmp_path)
     os.kill(owner.pid, signal.SIGSTOP)
@@ -73,31 +58,6 @@ async def test_a_stopped_owner_keeps_what_it_holds(registry: DirectoryRegistry, 
         await asyncio.to_thread(owner.wait)
 
 
-async def test_a_live_id_cannot_be_registered_twice(registry: DirectoryRegistry) -> None:
-    lease = await registry.register(Registration("node", "n", "a:1"))
-    with pytest.raises(FailedPrecondition, match="already registered"):
-        await registry.register(Registration("node", "n", "a:2"))
-    await lease.release()
-    await lease.release()
-    await registry.register(Registration("node", "n", "a:2"))
-    assert [row.endpoint for row in await registry.registrations("node")] == ["a:2"]
-
-
-async def test_watchers_see_updates_and_releases_in_order(registry: DirectoryRegistry) -> None:
-    lease = await registry.register(Registration("node", "n", "a:1", {"state": "one"}))
-    states: list[str] = []
-    async with asyncio.timeout(10):
-        async for registrations in registry.watch("node"):
-            states.append(registrations[0].metadata["state"] if registrations else "gone")
-            if states[-1] == "one":
-                await lease.update(Registration("node", "n", "a:1", {"state": "two"}))
-            elif states[-1] == "two":
-                await lease.release()
-            else:
-                break
-    assert states == ["one", "two", "gone"]
-
-
 async def test_an_update_never_shows_half_a_row(registry: DirectoryRegistry) -> None:
     lease = await registry.register(Registration("node", "n", "a:1", {"text": "x"}))
     for number in range(300):
@@ -107,41 +67,6 @@ async def test_an_update_never_shows_half_a_row(registry: DirectoryRegistry) -> 
             assert set(row.metadata["text"]) <= {"x", "y"}
             assert len(set(row.metadata["text"])) == 1
         await update
-
-
-async def test_documents(registry: DirectoryRegistry) -> None:
-    key = "revisions/model with spaces/…/abc"
-    assert await registry.read(key) is None
-    assert await registry.create(key, b"1")
-    assert not await registry.create(key, b"2")
-    await registry.write(key, b"3")
-    await registry.write("other/x", b"unseen")
-    async with asyncio.timeout(10):
-        async for documents in registry.watch_documents("revisions/"):
-            if not documents:
-                break
-            assert documents == {key: b"3"}
-            await registry.delete(key)
-
-
-async def test_a_claim_names_its_holder_to_all(registry: DirectoryRegistry) -> None:
-    lease = await registry.claim("m/r/0", "first")
-    assert lease is not None
-    assert await registry.claim("m/r/0", "second") is None
-    async with asyncio.timeout(10):
-        async for claims in registry.watch_claims("m/"):
-            if not claims:
-                break
-            assert claims == {"m/r/0": "first"}
-            await lease.release()
-
-
-async def test_many_contenders_one_winner(tmp_path: Path) -> None:
-    registries = [DirectoryRegistry(tmp_path) for _ in range(20)]
-    leases = await asyncio.gather(*(each.claim("k", str(number)) for number, each in enumerate(registries)))
-    assert sum(lease is not None for lease in leases) == 1
-    for each in registries:
-        await each.close()
 
 
 async def test_closing_releases_everything(tmp_path: Path) -> None:
