@@ -41,7 +41,9 @@ class ServiceSettings(BaseSettings):
     listen: str = Field("127.0.0.1:0", description="gRPC endpoint to bind: host:port (port 0 takes a free one) or unix:path.")
     advertise_host: str = Field("", description="Host that others dial; default: the bound host, or this machine's name for 0.0.0.0.")
     ops_listen: str = Field("127.0.0.1:0", description="HTTP endpoint for /healthz, /readyz and /metrics; `off` for none.")
-    registry: str = Field(default_factory=default_registry, description="Registry: directory:PATH, or consul://HOST:PORT/PREFIX (docs/registry.md).")
+    registry: str = Field(
+        default_factory=default_registry, description="Registry: directory:PATH, or consul://HOST:PORT/PREFIX (docs/registry.md)."
+    )
     id: str = Field("", description="Name of this instance, unique in the mesh; default: made from host and process id.")
     zone: str = Field("", description="Where this instance runs, e.g. a rack or an availability zone; near groups are preferred.")
     transport: Literal["completion-queue", "aio"] = Field(

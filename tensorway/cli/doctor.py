@@ -94,7 +94,8 @@ async def check_mesh(registry_url: str, endpoint: str) -> list[Finding]:
         finally:
             await registry.close()
     except (TensorwayError, TimeoutError) as error:
-        findings.append(Finding("registry", False, f"{registry_url}: {str(error) or 'did not answer'}", "give the mesh's own with --registry"))
+        problem = f"{registry_url}: {str(error) or 'did not answer'}"
+        findings.append(Finding("registry", False, problem, "give the mesh's own with --registry"))
     else:
         findings.append(Finding("registry", True, registry_url))
         findings += await _check_members(members)

@@ -87,8 +87,10 @@ def _timing_line(answer: Answer, upstream_s: float, took_s: float) -> str:
 
 
 def idempotency_key(given: str, call: Call) -> str:
-    """The caller's key: the native dialect's field, or the metadata key of any dialect. Raises InvalidRequest for one that is no text or too
-    long."""
+    """The caller's key: the native dialect's field, or the metadata key of any dialect.
+
+    Raises InvalidRequest for one that is no text, or too long.
+    """
     key = given or call.metadata.get(KEY_METADATA, "")
     if isinstance(key, bytes) or len(key) > MAX_KEY_CHARS:
         raise InvalidRequest(f"{KEY_METADATA}: must be text of at most {MAX_KEY_CHARS} characters", field=KEY_METADATA)

@@ -23,6 +23,7 @@ from tensorway_orchestrator.admission import HeldBytes
 from tensorway_orchestrator.batching import BatchLimits, ShapeRule
 from tensorway_orchestrator.fallback import FallbackExchange, Handover
 from tensorway_orchestrator.generation_lane import GenerationLane
+from tensorway_orchestrator.group_wait import GroupWait
 from tensorway_orchestrator.keyed_requests import KeyedRequests
 from tensorway_orchestrator.lane import Lane
 from tensorway_orchestrator.lane_load import read_load
@@ -139,8 +140,8 @@ class Dispatcher:
 
     @property
     def has_dormant(self) -> bool:
-        """Whether a model has no group because no request came for long: such a model can be asked."""
-        return any(self._is_dormant(lane.spec) for lane in self._lanes.values())
+        """Whether a model has no group because no request came for long, or is only starting again: such a model can be asked."""
+        return any(_wait_of(lane).is_patient for lane in self._lanes.values())
 
     def serving_specs(self) -> dict[str, RevisionSpec]:
         """Of every model whose serving revision has a lane, by model."""
@@ -257,7 +258,7 @@ class Dispatcher:
     def _tell_dormant(self, lane: Lane | GenerationLane) -> None:
         is_dormant = self._is_dormant(lane.spec)
         lane.meter.cool(is_dormant)
-        (lane.places.wait if isinstance(lane, GenerationLane) else lane.wait).dormant(is_dormant)
+        _wait_of(lane).dormant(is_dormant)
 
     def _close_lane(self, key: str) -> None:
         model, _, revision = key.removeprefix(REVISIONS).rpartition("/")
@@ -265,6 +266,10 @@ class Dispatcher:
         if lane is not None:
             self._early.update(lane.groups)
             lane.close()
+
+
+def _wait_of(lane: Lane | GenerationLane) -> GroupWait:
+    return lane.places.wait if isinstance(lane, GenerationLane) else lane.wait
 
 
 def _group_wait_s(spec: RevisionSpec, settings: OrchestratorSettings) -> float:

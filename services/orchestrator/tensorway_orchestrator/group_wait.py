@@ -25,7 +25,7 @@ class GroupWait:
     #: No group is wanted before a request comes.
     _is_dormant: bool = False
     #: A group is waited for as long as requests themselves can wait.
-    _is_patient: bool = False
+    is_patient: bool = False
     _timer: asyncio.TimerHandle | None = None
 
     def is_over(self, now_s: float) -> bool:
@@ -37,7 +37,7 @@ class GroupWait:
         now_s = time.monotonic()
         self._since_s = min(self._since_s, now_s)
         limit_s = min(self.wait_s, _UNREACHABLE_WAIT_S) if is_registered else self.wait_s
-        if self._is_patient and self.wait_s:
+        if self.is_patient and self.wait_s:
             self._limit_s = float("inf")
             self.stop()
             return
@@ -49,17 +49,19 @@ class GroupWait:
     def found(self) -> None:
         """A group lives."""
         self._since_s = float("inf")
-        self._is_patient = self._is_dormant
+        self.is_patient = self._is_dormant
         self.stop()
 
     def dormant(self, is_dormant: bool) -> None:
         """Whether no group is wanted before a request comes. Such requests wait until their own deadlines for the group that they start;
         where `wait_s` is 0, nobody waits, for another model answers meanwhile."""
         self._is_dormant = is_dormant
-        if is_dormant and not self._is_patient:
-            self._is_patient = True
+        if is_dormant and not self.is_patient:
+            self.is_patient = True
             if self._since_s != float("inf"):
                 self.missing(is_registered=False)
+        elif not is_dormant and self._since_s == float("inf"):
+            self.is_patient = False
 
     def stop(self) -> None:
         """Nothing is waited for."""

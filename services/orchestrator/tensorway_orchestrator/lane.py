@@ -286,6 +286,8 @@ class Lane:
         record = self.roster.choose(rows, head.lost_groups, now_s)
         if record is None or (head.alone and record.in_flight):
             return None
+        if head.carriers and record.id in head.lost_groups:
+            return None  # a hedge has nowhere else to go
         return head, record
 
     def _give_up(self) -> None:

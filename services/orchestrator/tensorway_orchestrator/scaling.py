@@ -54,6 +54,8 @@ class Scale:
     #: Since when somebody decides here; what was before is not known.
     since_s: float
     _current: int = -1
+    #: Since when any replica has served.
+    _ready_since_s: float = math.inf
     #: Since when one replica fewer would have done.
     _calm_since_s: float = math.inf
 
@@ -70,7 +72,9 @@ class Scale:
         lowest, highest = rule.min_replicas, rule.max_replicas
         if not lowest <= current <= highest:
             return self._chosen(max(lowest, min(highest, current)))
-        idle_s = min(demand.idle_s, now_s - self.since_s)
+        self._ready_since_s = min(self._ready_since_s, now_s) if num_ready else math.inf
+        # What is still starting has had no chance to be idle.
+        idle_s = min(demand.idle_s, now_s - max(self.since_s, self._ready_since_s))
         if current == 0:
             return self._chosen(1 if demand.is_called else 0)
         if demand.is_called:
@@ -82,12 +86,12 @@ class Scale:
             # While new ones start, the queue grows and says nothing about how many are enough.
             most = max(2 * num_ready, num_ready + 2)
             return self._chosen(max(current, min(wanted, most, highest)))
-        return self._chosen(self._calmed(demand.need, current, now_s))
+        return self._chosen(self._calmed(demand.need, current, num_ready, now_s))
 
-    def _calmed(self, need: float, current: int, now_s: float) -> int:
-        """One fewer after `idle_s` in which one fewer would have done; never the last, which ends without requests only."""
+    def _calmed(self, need: float, current: int, num_ready: int, now_s: float) -> int:
+        """One fewer after `idle_s` in which all served and one fewer would have done; never the last, which ends without requests only."""
         fewer = current - 1
-        if fewer < max(1, self.rule.min_replicas) or need > fewer * (1.0 - _TOLERANCE):
+        if num_ready < current or fewer < max(1, self.rule.min_replicas) or need > fewer * (1.0 - _TOLERANCE):
             self._calm_since_s = math.inf
             return current
         self._calm_since_s = min(self._calm_since_s, now_s)
