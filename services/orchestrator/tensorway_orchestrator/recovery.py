@@ -58,6 +58,7 @@ class Recovery:
                 request.lost_groups = (*request.lost_groups, attempt.group.id)
             if is_death:
                 self._died(request, attempt, now_s)
+            self.open.queue.refile(request)
             if not request.is_open or request.carriers or request.is_queued:
                 continue  # it has ended, or another attempt is under way already
             if should_retry(error, request.num_lost, request.deadline_s, now_s, self.policy, self.budget):

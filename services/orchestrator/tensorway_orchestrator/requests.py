@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Final, Protocol
 
+from tensorway.errors import InternalError
 from tensorway.transport.port import Exchange, Payload
 from tensorway_orchestrator.quarantine import Death
 
@@ -66,8 +67,8 @@ class Request:
     promise: Promise | None = None
     #: False once answered or withdrawn; a closed request is dropped wherever it is met.
     is_open: bool = True
-    #: Whether it waits in the queue (or for its way back into it). It may be with a group at the same time.
-    is_queued: bool = False
+    #: Which of the queue's entries is its own; -1 while it does not wait. It may be with a group at the same time.
+    ticket: int = -1
     #: The batches that it is in.
     carriers: list[Carrier] = field(default_factory=list)
     #: Called when the request is closed.
@@ -77,6 +78,11 @@ class Request:
     def weight(self) -> int:
         """Rows as the limits count them: an empty request still takes a place."""
         return max(1, self.rows)
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether it waits in the queue."""
+        return self.ticket >= 0
 
     @property
     def batch_key(self) -> BatchKey:
@@ -99,16 +105,19 @@ class RequestQueue:
     _order: Iterator[int] = field(default_factory=count)
 
     def offer(self, request: Request) -> None:
+        """Raises InternalError for one that waits already: `refile` it."""
+        if request.is_queued:
+            raise InternalError(f"request {request.request_id!r} is queued twice")
+        request.ticket = next(self._order)
         heap = self._heaps.setdefault(request.batch_key, [])
-        heapq.heappush(heap, (-request.priority, request.deadline_s, next(self._order), request))
-        request.is_queued = True
+        heapq.heappush(heap, (-request.priority, request.deadline_s, request.ticket, request))
         self.num_rows += request.weight
         self.num_requests += 1
         self._rows[request.priority] = self._rows.get(request.priority, 0) + request.weight
 
     def withdraw(self, request: Request) -> None:
         """Counts a request out that was closed while it waited, or leaves; its entry is dropped from the heap when met."""
-        request.is_queued = False
+        request.ticket = -1
         self.num_rows -= request.weight
         self.num_requests -= 1
         left = self._rows[request.priority] - request.weight
@@ -116,6 +125,12 @@ class RequestQueue:
             self._rows[request.priority] = left
         else:
             del self._rows[request.priority]
+
+    def refile(self, request: Request) -> None:
+        """To be called when the batch key of a request has changed while it waits; harmless for one that does not wait."""
+        if request.is_queued:
+            self.withdraw(request)
+            self.offer(request)
 
     def rows_ahead(self, priority: int) -> int:
         """Rows that leave before a request of `priority` that comes now, where deadlines do not say otherwise."""
@@ -133,7 +148,7 @@ class RequestQueue:
         while heap and len(taken) < max_requests and rows < max_rows and len(passed_over) < _MAX_PASSED_OVER:
             entry = heapq.heappop(heap)
             request = entry[3]
-            if not request.is_open:
+            if not _is_live(entry):
                 continue
             if taken and (rows + request.weight > max_rows or num_bytes + request.num_bytes > max_bytes):
                 passed_over.append(entry)
@@ -160,7 +175,7 @@ class RequestQueue:
 
     def drain(self) -> list[Request]:
         """Every open request, leaving the queue empty."""
-        found = [entry[3] for heap in self._heaps.values() for entry in sorted(heap, key=lambda e: e[:3]) if entry[3].is_open]
+        found = [entry[3] for heap in self._heaps.values() for entry in sorted(heap, key=lambda e: e[:3]) if _is_live(entry)]
         for request in found:
             self.withdraw(request)
         self._heaps.clear()
@@ -169,8 +184,13 @@ class RequestQueue:
     def _live_heaps(self) -> list[list[_Entry]]:
         """The heaps that hold an open request, which is then their first; closed requests and empty heaps are dropped on the way."""
         for key, heap in tuple(self._heaps.items()):
-            while heap and not heap[0][3].is_open:
+            while heap and not _is_live(heap[0]):
                 heapq.heappop(heap)
             if not heap:
                 del self._heaps[key]
         return list(self._heaps.values())
+
+
+def _is_live(entry: _Entry) -> bool:
+    """False for what is left of a request that was closed, or filed anew, while it waited."""
+    return entry[3].is_open and entry[3].ticket == entry[2]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tensorway.errors import InternalError
 from tensorway.signature import Batching, Padding, RevisionSpec, Signature, TensorSpec
 from tensorway.tensors import DataType
 from tensorway_orchestrator.batching import BatchLimits, Burst, GroupLoad, ShapeRule, Waiting, leave_at_s
@@ -209,3 +210,53 @@ def test_only_varying_dimensions_without_padding_keep_requests_apart() -> None:
 def test_a_model_without_rows_runs_one_request_a_step() -> None:
     spec = _spec(TensorSpec("threshold", DataType.FP32, ()))
     assert BatchLimits.of(spec, 10).max_requests == 1
+
+
+def test_a_request_whose_batch_key_changes_while_it_waits_is_filed_anew() -> None:
+    queue = RequestQueue()
+    first, second = request("first", deadline_s=1), request("second", deadline_s=2)
+    queue.offer(first)
+    queue.offer(second)
+    first.lost_groups = ("g#1",)
+    queue.refile(first)
+    assert (queue.num_rows, queue.num_requests, queue.rows_ahead(0)) == (2, 2, 2)
+    assert names(queue.heads()) == ["first", "second"]
+    head = queue.peek()
+    assert head is first
+    assert names(queue.take(head, 32, 10**9, 32)) == ["first"]
+    assert names(take(queue)) == ["second"]
+    assert queue.peek() is None
+    queue.refile(first)  # it waits no more
+    assert queue.num_requests == 0
+
+
+def test_a_request_waits_once() -> None:
+    queue = RequestQueue()
+    once = request("once")
+    queue.offer(once)
+    with pytest.raises(InternalError, match="queued twice"):
+        queue.offer(once)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["offer", "lose", "close", "take"]), st.integers(0, 5)), max_size=60))
+def test_whatever_happens_to_waiting_requests_each_is_taken_once_or_never(steps: list[tuple[str, int]]) -> None:
+    queue = RequestQueue()
+    requests = [request(str(number), deadline_s=number) for number in range(6)]
+    for step, number in steps:
+        one = requests[number]
+        if step == "offer" and one.is_open and not one.is_queued:
+            queue.offer(one)
+        elif step == "lose":
+            one.lost_groups = (*one.lost_groups, f"g{len(one.lost_groups)}")
+            queue.refile(one)
+        elif step == "close" and one.is_open:
+            one.is_open = False
+            if one.is_queued:
+                queue.withdraw(one)
+        elif step == "take" and (head := queue.peek()) is not None:
+            taken = queue.take(head, 4, 10**9, 4)
+            assert taken[0] is head
+            assert all(each.is_open and not each.is_queued for each in taken)
+        waiting = [each for each in requests if each.is_queued]
+        assert (queue.num_requests, queue.num_rows) == (len(waiting), len(waiting))
+        assert len(queue.heads()) == len({each.batch_key for each in waiting})
