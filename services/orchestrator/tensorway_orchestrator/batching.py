@@ -145,6 +145,9 @@ def rows_in_time(limits: BatchLimits, head: Request, load: GroupLoad, now_s: flo
     left_s = _IN_TIME * (head.deadline_s - now_s) - wait_s - load.lead_s
     if load.step_times.num_samples < _MIN_SAMPLES or load.step_times.predict_s(limits.max_rows) <= left_s:
         return limits.max_rows
+    if not load.step_times.knows_slope:
+        # Half of it shows what smaller batches take; until then there is nothing to go by.
+        return max(head.weight, limits.max_rows // 2)
     one_s, full_s = load.step_times.predict_s(1), load.step_times.predict_s(limits.max_rows)
     per_row_s = (full_s - one_s) / max(1, limits.max_rows - 1)
     if per_row_s <= 0.0:

@@ -26,6 +26,8 @@ _SURELY: Final = 3.0
 #: From this utilisation on, what groups serve is what they can.
 _SATURATED: Final = 0.9
 _DEFAULT_TARGET: Final = 0.7
+#: What is counted joins the averages this often, seconds: an average costs an exponential, a count next to nothing.
+_FOLD_S: Final = 0.1
 #: A rate below this is none: what an average keeps of a request of long ago.
 _NO_RATE: Final = 1e-3
 
@@ -46,6 +48,18 @@ class Rate:
     def read(self, now_s: float) -> float:
         """The average as of `now_s`."""
         return self._per_s * math.exp(min(0.0, self._at_s - now_s) / self.smoothing_s) if self._per_s else 0.0
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What has come and been answered since it last joined the averages."""
+
+    rows: int = 0
+    squares: int = 0
+    served: int = 0
+    steps_s: float = 0.0
+    batches: int = 0
+    queued_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +103,10 @@ class LaneMeter:
     _steps: Rate = field(default_factory=lambda: Rate(SMOOTHING_S))
     _batches: Rate = field(default_factory=lambda: Rate(SMOOTHING_S))
     _queued: Rate = field(default_factory=lambda: Rate(SMOOTHING_S))
+    _counts: _Counts = field(default_factory=_Counts)
+    #: When the last thing was counted, and when counts are to join the averages.
+    _counted_s: float = 0.0
+    _fold_at_s: float = 0.0
     #: Answers under way, averaged over RISING_S.
     _under_way: float = 0.0
     _read_s: float = 0.0
@@ -108,10 +126,12 @@ class LaneMeter:
 
     def arrived(self, rows: int, now_s: float) -> None:
         """A request has come, whether or not it will be admitted: what is refused for want of replicas needs replicas, too."""
-        self.since_s = now_s
-        self._rows.add(rows, now_s)
-        self._rising.add(rows, now_s)
-        self._squares.add(rows * rows, now_s)
+        if now_s >= self._fold_at_s:
+            self._fold(now_s)
+        self.since_s = self._counted_s = now_s
+        counts = self._counts
+        counts.rows += rows
+        counts.squares += rows * rows
         if self.is_cold and not self.is_called:
             self.is_called = True
             self.on_call()
@@ -120,10 +140,14 @@ class LaneMeter:
         """A batch has been answered after a step of `step_s`; its first request had waited `queue_s`. Where answers are generated, an
         attempt at one has ended after `step_s`."""
         self.step_s += (0.1 if self.step_s else 1.0) * (step_s - self.step_s)
-        self._served.add(rows, now_s)
-        self._steps.add(step_s, now_s)
-        self._batches.add(1.0, now_s)
-        self._queued.add(max(0.0, queue_s), now_s)
+        if now_s >= self._fold_at_s:
+            self._fold(now_s)
+        self._counted_s = now_s
+        counts = self._counts
+        counts.served += rows
+        counts.steps_s += step_s
+        counts.batches += 1
+        counts.queued_s += max(0.0, queue_s)
 
     def cool(self, is_cold: bool) -> None:
         """Says whether no replica is wanted."""
@@ -133,6 +157,7 @@ class LaneMeter:
 
     def read(self, view: LaneView, now_s: float) -> ModelLoad:
         """The load as of `now_s`."""
+        self._fold(now_s)
         if view.num_open:
             self.since_s = now_s
         busy_groups = self._busy_groups(view, now_s)
@@ -148,6 +173,21 @@ class LaneMeter:
             waiting_rows=view.waiting_rows, num_open=view.num_open, predicted_replicas=self._need(view, now_s),
             idle_s=max(0.0, now_s - self.since_s), is_called=self.is_called,
         )
+
+    def _fold(self, now_s: float) -> None:
+        counts, at_s = self._counts, self._counted_s
+        self._fold_at_s = now_s + _FOLD_S
+        if counts.rows:
+            self._rows.add(counts.rows, at_s)
+            self._rising.add(counts.rows, at_s)
+            self._squares.add(counts.squares, at_s)
+        if counts.batches:
+            self._served.add(counts.served, at_s)
+            self._steps.add(counts.steps_s, at_s)
+            self._batches.add(counts.batches, at_s)
+            self._queued.add(counts.queued_s, at_s)
+        counts.rows = counts.squares = counts.served = counts.batches = 0
+        counts.steps_s = counts.queued_s = 0.0
 
     def _demand(self, now_s: float) -> float:
         """The slow rate, unless the quick one is surely more: its variance, of requests that come by chance, is squares / (2 x time)."""

@@ -49,16 +49,26 @@ class StepTimes:
         return self._mean_s + self._per_row_s * (rows - self._mean_rows)
 
     def least_s(self, rows: float) -> float:
-        """Expected step time, or what is certain of it: where only one size was seen, larger ones take at least as long. For those who
-        would never see a larger size if they believed that it takes much longer."""
+        """Expected step time, or what is certain of it: where only one size was seen, larger ones take at least as long, and smaller ones at
+        least their share. For those who would never see another size if they believed the worst of it."""
         predicted_s = self.predict_s(rows)
-        return self._mean_s if self._per_row_s is None else predicted_s
+        if self._per_row_s is not None or not self._mean_s:
+            return predicted_s
+        return self._mean_s * min(1.0, rows / self._mean_rows)
+
+    @property
+    def knows_slope(self) -> bool:
+        """Whether steps of different sizes were seen."""
+        if not self._is_fitted:
+            self._fit()
+        return self._per_row_s is not None
 
     def least_worthwhile(self, max_rows: int, share: float) -> int:
-        """The smallest batch that serves at least `share` of the rows a second that full ones do; `max_rows` while that is unknown."""
+        """The smallest batch that serves at least `share` of the rows a second that full ones do; half of `max_rows` while that is unknown,
+        so that it becomes known."""
         full_s = self.predict_s(max_rows)
         if self._per_row_s is None or full_s <= 0.0:
-            return max_rows
+            return max_rows if full_s <= 0.0 else max(1, max_rows // 2)
         fixed_s = max(0.0, full_s - self._per_row_s * max_rows)
         # rows / (fixed + per_row x rows) >= wanted
         wanted = share * max_rows / full_s

@@ -26,8 +26,9 @@ from tensorway_worker.settings import NodeSettings
 from tensorway_worker.wish import first_wish
 
 _LOG = logging.getLogger(__name__)
-#: Share of the grace period in which others may take over; the rest is for what runs.
-_HAND_OVER_SHARE: Final = 0.6
+#: What is kept of the grace period, seconds or share, for what runs when others have taken over, or have not.
+_KEPT_S: Final = 5.0
+_KEPT_SHARE: Final = 0.3
 
 
 class Node:
@@ -82,7 +83,8 @@ class Node:
         if self._adaptations is not None:
             await self._adaptations.drain()
         if self._keeping is not None and self._keeper is not None:
-            await self._keeper.hand_over(Deadline.after(_HAND_OVER_SHARE * deadline.remaining_s()))
+            remaining_s = deadline.remaining_s()
+            await self._keeper.hand_over(Deadline.after(remaining_s - min(_KEPT_S, _KEPT_SHARE * remaining_s)))
             self._keeping.cancel()
             await asyncio.wait((self._keeping,), timeout=deadline.remaining_s() + 5.0)
 
