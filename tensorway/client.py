@@ -14,17 +14,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Self, Unpack
 
-from tensorway.arrays import to_tensor
-from tensorway.client_attempts import Attempts
-from tensorway.client_generate import GenerateOptions, Generation, Prompt, generate, generate_async, text_of, text_of_async
+from tensorway.client_calls import Calls, Parameters
+from tensorway.client_generate import GenerateOptions, Prompt, generate, generate_async, text_of, text_of_async
 from tensorway.client_rota import AsyncChannels, BlockingChannels, endpoints_of
-from tensorway.deadline import DEFAULT_TIMEOUT_S, Deadline
-from tensorway.errors import DeadlineExceeded, InvalidRequest, TensorwayError, Unavailable
+from tensorway.deadline import DEFAULT_TIMEOUT_S
+from tensorway.errors import DeadlineExceeded, TensorwayError, Unavailable
 from tensorway.explaining import Explain
-from tensorway.parameter_message import write_parameters
+from tensorway.load_report import LoadReport
 from tensorway.registry.port import Registration
 from tensorway.results import (
     ChatMessage,
@@ -34,19 +32,14 @@ from tensorway.results import (
     InferResult,
     ModelDescription,
     Started,
-    read_model,
-    read_result,
 )
-from tensorway.tensor_message import tensor_field
-from tensorway.tensors import Buffer
 from tensorway.transport import UnaryReply
 from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES
-from tensorway.v1 import inference_pb2, mesh_pb2, model_pb2
+from tensorway.v1 import model_pb2
 
 __all__ = ["AsyncClient", "ChatMessage", "Client", "Delta", "Explain", "Finished", "Started"]
 
 Metadata = Mapping[str, str] | Sequence[tuple[str, str]]
-Parameters = Mapping[str, bool | int | float | str]
 
 DEFAULT_ENDPOINT: Final = "localhost:8001"
 _INFER: Final = "/tensorway.v1.InferenceService/Infer"
@@ -54,66 +47,14 @@ _EXPLAIN: Final = "/tensorway.v1.InferenceService/Explain"
 _LIST_MODELS: Final = "/tensorway.v1.ModelService/ListModels"
 _GET_MODEL: Final = "/tensorway.v1.ModelService/GetModel"
 _GET_TOPOLOGY: Final = "/tensorway.v1.MeshService/GetTopology"
+_GET_LOAD: Final = "/tensorway.v1.MeshService/GetLoad"
+_SCALE_MODEL: Final = "/tensorway.v1.ModelService/ScaleModel"
 _CHECK: Final = "/grpc.health.v1.Health/Check"
 #: Integrated gradients of what the model itself finds largest.
 _EXPLAIN_ALL: Final = Explain()
 #: A grpc.health.v1 request for the whole server, and the response that says SERVING (field 1 = 1).
 _CHECK_ALL: Final = b""
 _SERVING: Final = b"\x08\x01"
-
-
-@dataclass(frozen=True, slots=True)
-class _Calls:
-    """What both clients share: their settings, and messages to and from bytes."""
-
-    endpoint: str
-    timeout_s: float
-    retries: int
-    as_torch: bool
-
-    def begin(self, timeout_s: float | None) -> Attempts:
-        deadline = Deadline.after(self.timeout_s if timeout_s is None else timeout_s)
-        num_endpoints = len(endpoints_of(self.endpoint))
-        return Attempts(deadline, self.retries * num_endpoints, num_spares=num_endpoints - 1)
-
-    def generation(self, model: str, prompt: Prompt, options: GenerateOptions) -> Generation:
-        """One call of Generate. Raises InvalidRequest for what cannot be sent."""
-        return Generation(model, prompt, options, self.begin(options.get("timeout_s")))
-
-    def infer_request(
-        self, model: str, inputs: Mapping[str, Any], outputs: Sequence[str] | None, revision: str, request_id: str,
-        parameters: Parameters | None, priority: int, idempotency_key: str,
-    ) -> bytes:
-        """A serialised InferRequest. Raises InvalidRequest for what cannot be sent."""
-        if isinstance(outputs, str):
-            raise InvalidRequest(f"outputs: give a list of names, not the string {outputs!r}", field="outputs")
-        try:
-            request = inference_pb2.InferRequest(
-                model=model, revision=revision, request_id=request_id, output_names=outputs or (), priority=priority,
-                idempotency_key=idempotency_key,
-            )
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"request: {error}", field="request") from error
-        write_parameters(parameters or {}, request.parameters)
-        return _with_inputs(request.SerializeToString(), inputs)
-
-    def explain_request(self, model: str, inputs: Mapping[str, Any], wish: Explain, revision: str, request_id: str) -> bytes:
-        """A serialised ExplainRequest. Raises InvalidRequest for what cannot be sent."""
-        request = inference_pb2.ExplainRequest(model=model, revision=revision, request_id=request_id, options=wish.to_options())
-        return _with_inputs(request.SerializeToString(), inputs)
-
-    def infer_result(self, reply: UnaryReply) -> InferResult:
-        return read_result(reply.response, reply.trailers, as_torch=self.as_torch)
-
-    def models(self, reply: UnaryReply) -> tuple[ModelDescription, ...]:
-        return tuple(map(read_model, model_pb2.ListModelsResponse.FromString(reply.response).models))
-
-    def model(self, reply: UnaryReply) -> ModelDescription:
-        return read_model(model_pb2.GetModelResponse.FromString(reply.response).model)
-
-    def topology(self, reply: UnaryReply) -> tuple[Registration, ...]:
-        members = mesh_pb2.GetTopologyResponse.FromString(reply.response).members
-        return tuple(Registration(item.kind, item.id, item.endpoint, dict(item.metadata)) for item in members)
 
 
 class Client:
@@ -128,7 +69,7 @@ class Client:
         self, endpoint: str = DEFAULT_ENDPOINT, *, timeout_s: float = DEFAULT_TIMEOUT_S, metadata: Metadata = (), retries: int = 3,
         as_torch: bool = False, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
-        self._calls = _Calls(endpoint, timeout_s, retries, as_torch)
+        self._calls = Calls(endpoint, timeout_s, retries, as_torch)
         self._channel = BlockingChannels(endpoints_of(endpoint), max_message_bytes=max_message_bytes, metadata=_pairs(metadata))
 
     def infer(
@@ -165,6 +106,15 @@ class Client:
     def model(self, name: str, *, timeout_s: float | None = None) -> ModelDescription:
         """One model. Raises NotFound, with the names that exist."""
         return self._calls.model(self._unary(_GET_MODEL, model_pb2.GetModelRequest(name=name).SerializeToString(), timeout_s))
+
+    def load(self, model: str = "", *, timeout_s: float | None = None) -> tuple[LoadReport, ...]:
+        """How much each model has to do, and how many replicas that needs; of all models by name, or of one."""
+        return self._calls.loads(self._unary(_GET_LOAD, self._calls.load_request(model), timeout_s))
+
+    def scale(self, model: str, replicas: int, *, timeout_s: float | None = None) -> ModelDescription:
+        """Sets how many replicas of a model are wanted, and returns before they are there. Raises FailedPrecondition outside the bounds of
+        a model that scales by itself; within them, the mesh may change the number again."""
+        return self._calls.scaled(self._unary(_SCALE_MODEL, self._calls.scale_request(model, replicas), timeout_s))
 
     def topology(self, *, timeout_s: float | None = None) -> tuple[Registration, ...]:
         """Every live service and group."""
@@ -203,7 +153,7 @@ class AsyncClient:
         self, endpoint: str = DEFAULT_ENDPOINT, *, timeout_s: float = DEFAULT_TIMEOUT_S, metadata: Metadata = (), retries: int = 3,
         as_torch: bool = False, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
-        self._calls = _Calls(endpoint, timeout_s, retries, as_torch)
+        self._calls = Calls(endpoint, timeout_s, retries, as_torch)
         self._endpoints = endpoints_of(endpoint)
         self._max_message_bytes = max_message_bytes
         self._metadata = _pairs(metadata)
@@ -242,6 +192,14 @@ class AsyncClient:
         """See `Client.model`."""
         return self._calls.model(await self._unary(_GET_MODEL, model_pb2.GetModelRequest(name=name).SerializeToString(), timeout_s))
 
+    async def load(self, model: str = "", *, timeout_s: float | None = None) -> tuple[LoadReport, ...]:
+        """See `Client.load`."""
+        return self._calls.loads(await self._unary(_GET_LOAD, self._calls.load_request(model), timeout_s))
+
+    async def scale(self, model: str, replicas: int, *, timeout_s: float | None = None) -> ModelDescription:
+        """See `Client.scale`."""
+        return self._calls.scaled(await self._unary(_SCALE_MODEL, self._calls.scale_request(model, replicas), timeout_s))
+
     async def topology(self, *, timeout_s: float | None = None) -> tuple[Registration, ...]:
         """See `Client.topology`."""
         return self._calls.topology(await self._unary(_GET_TOPOLOGY, b"", timeout_s))
@@ -277,15 +235,6 @@ class AsyncClient:
             except TensorwayError as error:
                 pause_s = attempts.pause_s(error)
             await asyncio.sleep(pause_s)
-
-
-def _with_inputs(message: bytes, inputs: Mapping[str, Any]) -> bytes:
-    """A serialised request with its tensors, whose bytes are copied once."""
-    parts: list[Buffer] = [message]
-    for name, value in inputs.items():
-        tensor = to_tensor(name, value)
-        parts += tensor_field(tensor.head, (tensor.data,))
-    return b"".join(parts)
 
 
 def _pairs(metadata: Metadata) -> tuple[tuple[str, str], ...]:

@@ -120,6 +120,8 @@ class ModelDescription:
     num_replicas: int
     num_ready_replicas: int
     description: str
+    #: True: no group is wanted until a request comes, which then waits for one.
+    is_dormant: bool = False
 
     @property
     def is_ready(self) -> bool:
@@ -233,6 +235,7 @@ def read_model(message: model_pb2.Model) -> ModelDescription:
         state=model_pb2.ModelState.Name(message.state).removeprefix(_STATE_PREFIX).lower(), reason=message.reason,
         inputs=tuple(map(_spec, message.inputs)), outputs=tuple(map(_spec, message.outputs)), max_rows=message.max_rows,
         num_replicas=message.num_replicas, num_ready_replicas=message.num_ready_replicas, description=message.description,
+        is_dormant=message.is_dormant,
     )
 
 

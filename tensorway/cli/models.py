@@ -20,12 +20,12 @@ _STYLES: Final = {"ready": "green", "loading": "yellow", "unavailable": "red"}
 
 @models_app.callback(invoke_without_command=True)
 def models(context: typer.Context, endpoint: Endpoint = _DEFAULT_ENDPOINT) -> None:
-    """List the models of a mesh, show one, or fetch the files of model directories. Without a command: list.
+    """List the models of a mesh, show or scale one, show their load, or fetch the files of model directories. Without a command: list.
 
-    Examples: `tensorway models` · `tensorway models show minilm` · `tensorway models fetch models`
+    Examples: `tensorway models` · `tensorway models show minilm` · `tensorway models scale minilm 2` · `tensorway models fetch models`
     """
     # `models --endpoint X list` means the same as `models list --endpoint X`.
-    context.default_map = {command: {"endpoint": endpoint} for command in ("list", "show")}
+    context.default_map = {command: {"endpoint": endpoint} for command in ("list", "show", "scale", "load")}
     if context.invoked_subcommand is None:
         list_models(endpoint)
 
@@ -76,6 +76,50 @@ def show_model(
     for label, value in _facts(model):
         table.add_row(label, Text(value))
     Console().print(table)
+
+
+@models_app.command("scale")
+def scale_model(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    replicas: Annotated[int, typer.Argument(min=0, help="How many replicas the mesh should run.")],
+    endpoint: Endpoint = _DEFAULT_ENDPOINT,
+) -> None:
+    """Set how many replicas of a model are wanted. A model that scales by itself may change the number again.
+
+    Example: `tensorway models scale minilm 2`
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from tensorway.client import Client
+
+    with Client(endpoint) as client:
+        model = client.scale(name, replicas)
+    are = f"{model.num_replicas} replica{'' if model.num_replicas == 1 else 's'}"
+    Console().print(Text(f"{model.name}: {are} wanted, {model.num_ready_replicas} serving now"))
+
+
+@models_app.command("load")
+def show_load(
+    name: Annotated[str, typer.Argument(help="Only this model.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C, once a second.")] = False,
+    endpoint: Endpoint = _DEFAULT_ENDPOINT,
+) -> None:
+    """Show what each model has to do, and how many replicas that needs.
+
+    Example: `tensorway models load --watch`
+    """
+    from rich.console import Console
+
+    from tensorway.cli.load_table import load_table, watch_loads
+    from tensorway.client import Client
+
+    console = Console()
+    with Client(endpoint) as client:
+        if watch:
+            watch_loads(client, name, console)
+        else:
+            console.print(load_table(client.load(name)))
 
 
 @models_app.command("fetch")

@@ -159,7 +159,9 @@ async def _wait_ready(options: UpOptions, directories: tuple[ModelDirectory, ...
     name, state = TextColumn("{task.description:<20}"), TextColumn("{task.fields[state]}")
     columns = (SpinnerColumn(), name, BarColumn(20), state, TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        tasks = {directory.yaml.name: progress.add_task(directory.yaml.name, total=1.0, state="waiting") for directory in directories}
+        # One that begins without a replica has none to wait for.
+        starting = [directory.yaml.name for directory in directories if directory.yaml.replicas]
+        tasks = {model: progress.add_task(model, total=1.0, state="waiting") for model in starting}
         await _follow_groups(registry, tasks, progress)
         for task in tasks.values():
             progress.update(task, completed=1.0, state="ready")
@@ -167,8 +169,9 @@ async def _wait_ready(options: UpOptions, directories: tuple[ModelDirectory, ...
 
 
 async def _follow_groups(registry: Registry, tasks: dict[str, TaskID], progress: Progress) -> None:
+    # A replica that has served may end again while others still start, where its model scales to zero.
+    ready: set[str] = set()
     async for documents in registry.watch_documents(NODES):
-        ready: set[str] = set()
         for document in documents.values():
             for group in json.loads(document).get("groups", ()):
                 model, state = group["model"], group["state"]

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensorway/v1/mesh.proto\x12\x0ctensorway.v1\"\x14\n\x12GetTopologyRequest\"<\n\x13GetTopologyResponse\x12%\n\x07members\x18\x01 \x03(\x0b\x32\x14.tensorway.v1.Member\"\x9b\x01\n\x06Member\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x34\n\x08metadata\x18\x04 \x03(\x0b\x32\".tensorway.v1.Member.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\x61\n\x0bMeshService\x12R\n\x0bGetTopology\x12 .tensorway.v1.GetTopologyRequest\x1a!.tensorway.v1.GetTopologyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensorway/v1/mesh.proto\x12\x0ctensorway.v1\"\x14\n\x12GetTopologyRequest\"<\n\x13GetTopologyResponse\x12%\n\x07members\x18\x01 \x03(\x0b\x32\x14.tensorway.v1.Member\"\x9b\x01\n\x06Member\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x34\n\x08metadata\x18\x04 \x03(\x0b\x32\".tensorway.v1.Member.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1f\n\x0eGetLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"9\n\x0fGetLoadResponse\x12&\n\x05loads\x18\x01 \x03(\x0b\x32\x17.tensorway.v1.ModelLoad\"\xe8\x02\n\tModelLoad\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x1f\n\x17\x61rrival_rows_per_second\x18\x03 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x19\n\x11utilisation_ratio\x18\x05 \x01(\x01\x12\x1a\n\x12num_ready_replicas\x18\x06 \x01(\r\x12\x1b\n\x13num_wanted_replicas\x18\x07 \x01(\r\x12\x1a\n\x12predicted_replicas\x18\x08 \x01(\x01\x12\x14\n\x0cwaiting_rows\x18\t \x01(\x04\x12\x19\n\x11num_open_requests\x18\n \x01(\x04\x12\x14\n\x0cmin_replicas\x18\x0b \x01(\r\x12\x14\n\x0cmax_replicas\x18\x0c \x01(\r\x12\x35\n\rorchestrators\x18\r \x03(\x0b\x32\x1e.tensorway.v1.OrchestratorLoad\"\xff\x01\n\x10OrchestratorLoad\x12\x14\n\x0corchestrator\x18\x01 \x01(\t\x12\x1f\n\x17\x61rrival_rows_per_second\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x19\n\x11utilisation_ratio\x18\x04 \x01(\x01\x12\x1a\n\x12predicted_replicas\x18\x05 \x01(\x01\x12\x14\n\x0cwaiting_rows\x18\x06 \x01(\x04\x12\x19\n\x11num_open_requests\x18\x07 \x01(\x04\x12\x1f\n\x17replica_rows_per_second\x18\x08 \x01(\x01\x12\x14\n\x0cidle_seconds\x18\t \x01(\x01\x32\xa9\x01\n\x0bMeshService\x12R\n\x0bGetTopology\x12 .tensorway.v1.GetTopologyRequest\x1a!.tensorway.v1.GetTopologyResponse\x12\x46\n\x07GetLoad\x12\x1c.tensorway.v1.GetLoadRequest\x1a\x1d.tensorway.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,6 +41,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MEMBER']._serialized_end=281
   _globals['_MEMBER_METADATAENTRY']._serialized_start=234
   _globals['_MEMBER_METADATAENTRY']._serialized_end=281
-  _globals['_MESHSERVICE']._serialized_start=283
-  _globals['_MESHSERVICE']._serialized_end=380
+  _globals['_GETLOADREQUEST']._serialized_start=283
+  _globals['_GETLOADREQUEST']._serialized_end=314
+  _globals['_GETLOADRESPONSE']._serialized_start=316
+  _globals['_GETLOADRESPONSE']._serialized_end=373
+  _globals['_MODELLOAD']._serialized_start=376
+  _globals['_MODELLOAD']._serialized_end=736
+  _globals['_ORCHESTRATORLOAD']._serialized_start=739
+  _globals['_ORCHESTRATORLOAD']._serialized_end=994
+  _globals['_MESHSERVICE']._serialized_start=997
+  _globals['_MESHSERVICE']._serialized_end=1166
 # @@protoc_insertion_point(module_scope)

@@ -34,3 +34,67 @@ class Member(_message.Message):
     endpoint: str
     metadata: _containers.ScalarMap[str, str]
     def __init__(self, kind: _Optional[str] = ..., id: _Optional[str] = ..., endpoint: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class GetLoadRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class GetLoadResponse(_message.Message):
+    __slots__ = ("loads",)
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    loads: _containers.RepeatedCompositeFieldContainer[ModelLoad]
+    def __init__(self, loads: _Optional[_Iterable[_Union[ModelLoad, _Mapping]]] = ...) -> None: ...
+
+class ModelLoad(_message.Message):
+    __slots__ = ("model", "revision", "arrival_rows_per_second", "queue_seconds", "utilisation_ratio", "num_ready_replicas", "num_wanted_replicas", "predicted_replicas", "waiting_rows", "num_open_requests", "min_replicas", "max_replicas", "orchestrators")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_ROWS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    UTILISATION_RATIO_FIELD_NUMBER: _ClassVar[int]
+    NUM_READY_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WANTED_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    ORCHESTRATORS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    revision: str
+    arrival_rows_per_second: float
+    queue_seconds: float
+    utilisation_ratio: float
+    num_ready_replicas: int
+    num_wanted_replicas: int
+    predicted_replicas: float
+    waiting_rows: int
+    num_open_requests: int
+    min_replicas: int
+    max_replicas: int
+    orchestrators: _containers.RepeatedCompositeFieldContainer[OrchestratorLoad]
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., arrival_rows_per_second: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., utilisation_ratio: _Optional[float] = ..., num_ready_replicas: _Optional[int] = ..., num_wanted_replicas: _Optional[int] = ..., predicted_replicas: _Optional[float] = ..., waiting_rows: _Optional[int] = ..., num_open_requests: _Optional[int] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., orchestrators: _Optional[_Iterable[_Union[OrchestratorLoad, _Mapping]]] = ...) -> None: ...
+
+class OrchestratorLoad(_message.Message):
+    __slots__ = ("orchestrator", "arrival_rows_per_second", "queue_seconds", "utilisation_ratio", "predicted_replicas", "waiting_rows", "num_open_requests", "replica_rows_per_second", "idle_seconds")
+    ORCHESTRATOR_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_ROWS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    UTILISATION_RATIO_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_ROWS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    orchestrator: str
+    arrival_rows_per_second: float
+    queue_seconds: float
+    utilisation_ratio: float
+    predicted_replicas: float
+    waiting_rows: int
+    num_open_requests: int
+    replica_rows_per_second: float
+    idle_seconds: float
+    def __init__(self, orchestrator: _Optional[str] = ..., arrival_rows_per_second: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., utilisation_ratio: _Optional[float] = ..., predicted_replicas: _Optional[float] = ..., waiting_rows: _Optional[int] = ..., num_open_requests: _Optional[int] = ..., replica_rows_per_second: _Optional[float] = ..., idle_seconds: _Optional[float] = ...) -> None: ...

@@ -40,6 +40,11 @@ class MeshServiceStub:
                 request_serializer=tensorway_dot_v1_dot_mesh__pb2.GetTopologyRequest.SerializeToString,
                 response_deserializer=tensorway_dot_v1_dot_mesh__pb2.GetTopologyResponse.FromString,
                 _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/tensorway.v1.MeshService/GetLoad',
+                request_serializer=tensorway_dot_v1_dot_mesh__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=tensorway_dot_v1_dot_mesh__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
 
 
 class MeshServiceServicer:
@@ -53,6 +58,13 @@ class MeshServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLoad(self, request, context):
+        """How much models have to do and how many replicas that needs, as each orchestrator last said.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MeshServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_MeshServiceServicer_to_server(servicer, server):
                     servicer.GetTopology,
                     request_deserializer=tensorway_dot_v1_dot_mesh__pb2.GetTopologyRequest.FromString,
                     response_serializer=tensorway_dot_v1_dot_mesh__pb2.GetTopologyResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=tensorway_dot_v1_dot_mesh__pb2.GetLoadRequest.FromString,
+                    response_serializer=tensorway_dot_v1_dot_mesh__pb2.GetLoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class MeshService:
             '/tensorway.v1.MeshService/GetTopology',
             tensorway_dot_v1_dot_mesh__pb2.GetTopologyRequest.SerializeToString,
             tensorway_dot_v1_dot_mesh__pb2.GetTopologyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensorway.v1.MeshService/GetLoad',
+            tensorway_dot_v1_dot_mesh__pb2.GetLoadRequest.SerializeToString,
+            tensorway_dot_v1_dot_mesh__pb2.GetLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,8 +41,22 @@ class GetModelResponse(_message.Message):
     model: Model
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
+class ScaleModelRequest(_message.Message):
+    __slots__ = ("model", "replicas")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    replicas: int
+    def __init__(self, model: _Optional[str] = ..., replicas: _Optional[int] = ...) -> None: ...
+
+class ScaleModelResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+
 class Model(_message.Message):
-    __slots__ = ("name", "revision", "version", "engine", "state", "reason", "inputs", "outputs", "max_rows", "num_replicas", "num_ready_replicas", "description")
+    __slots__ = ("name", "revision", "version", "engine", "state", "reason", "inputs", "outputs", "max_rows", "num_replicas", "num_ready_replicas", "description", "is_dormant")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +69,7 @@ class Model(_message.Message):
     NUM_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     NUM_READY_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    IS_DORMANT_FIELD_NUMBER: _ClassVar[int]
     name: str
     revision: str
     version: str
@@ -67,7 +82,8 @@ class Model(_message.Message):
     num_replicas: int
     num_ready_replicas: int
     description: str
-    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., version: _Optional[str] = ..., engine: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., reason: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., max_rows: _Optional[int] = ..., num_replicas: _Optional[int] = ..., num_ready_replicas: _Optional[int] = ..., description: _Optional[str] = ...) -> None: ...
+    is_dormant: bool
+    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., version: _Optional[str] = ..., engine: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., reason: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., max_rows: _Optional[int] = ..., num_replicas: _Optional[int] = ..., num_ready_replicas: _Optional[int] = ..., description: _Optional[str] = ..., is_dormant: _Optional[bool] = ...) -> None: ...
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape")

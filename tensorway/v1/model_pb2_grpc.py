@@ -45,6 +45,11 @@ class ModelServiceStub:
                 request_serializer=tensorway_dot_v1_dot_model__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=tensorway_dot_v1_dot_model__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.ScaleModel = channel.unary_unary(
+                '/tensorway.v1.ModelService/ScaleModel',
+                request_serializer=tensorway_dot_v1_dot_model__pb2.ScaleModelRequest.SerializeToString,
+                response_deserializer=tensorway_dot_v1_dot_model__pb2.ScaleModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -65,6 +70,14 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleModel(self, request, context):
+        """Sets how many replicas of a model are wanted. FAILED_PRECONDITION outside the bounds of a model that scales by itself, which may change
+        the number again; NOT_FOUND where the name is unknown.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +90,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=tensorway_dot_v1_dot_model__pb2.GetModelRequest.FromString,
                     response_serializer=tensorway_dot_v1_dot_model__pb2.GetModelResponse.SerializeToString,
+            ),
+            'ScaleModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleModel,
+                    request_deserializer=tensorway_dot_v1_dot_model__pb2.ScaleModelRequest.FromString,
+                    response_serializer=tensorway_dot_v1_dot_model__pb2.ScaleModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +152,33 @@ class ModelService:
             '/tensorway.v1.ModelService/GetModel',
             tensorway_dot_v1_dot_model__pb2.GetModelRequest.SerializeToString,
             tensorway_dot_v1_dot_model__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensorway.v1.ModelService/ScaleModel',
+            tensorway_dot_v1_dot_model__pb2.ScaleModelRequest.SerializeToString,
+            tensorway_dot_v1_dot_model__pb2.ScaleModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,6 +17,8 @@ from tensorway_gateway.signature import SignatureCheck
 MIN_PREFIX_CHARS: Final = 8
 _BACKING_OFF: Final = "backing_off"
 _READY: Final = "ready"
+#: Why a model that scales has no replica.
+DORMANT: Final = "scaled to zero; starts with the first request"
 
 
 class ModelState(Enum):
@@ -37,6 +39,8 @@ class Revision:
     state: ModelState
     #: Why it is not ready, or lacks replicas; empty where nothing is amiss.
     reason: str
+    #: True: no replica is wanted until a request comes, which then waits for one.
+    is_dormant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +110,9 @@ def build_models(
         published = revisions.get((wanted.model, wanted.revision))
         if published is None:
             continue
-        serving = _judge(published, live[wanted.model, wanted.revision], wanted.num_replicas, reports)
+        serving = _judge(published, live[wanted.model, wanted.revision], wanted.num_replicas, reports, is_serving=True)
         others = tuple(
-            _judge(revisions[model, revision], count, 0, reports)
+            _judge(revisions[model, revision], count, 0, reports, is_serving=False)
             for (model, revision), count in sorted(live.items())
             if model == wanted.model and revision != wanted.revision and (model, revision) in revisions
         )
@@ -116,22 +120,24 @@ def build_models(
     return models
 
 
-def _judge(published: Revision, num_ready: int, num_wanted: int, reports: Collection[GroupReport]) -> Revision:
+def _judge(published: Revision, num_ready: int, num_wanted: int, reports: Collection[GroupReport], *, is_serving: bool) -> Revision:
     """The published revision with the state that its groups give it."""
+    # One that serves no more, though a group of it still ends, is not what the word is about.
+    is_dormant = is_serving and not num_wanted and published.spec.scaling is not None
     own = [report for report in reports if (report.model, report.revision) == (published.spec.model, published.spec.revision)]
     failing = [report.reason for report in own if report.state == _BACKING_OFF]
     forming = [report for report in own if report.state not in (_READY, _BACKING_OFF)]
     if num_ready:
         state, reason = ModelState.READY, _lacking(failing, forming) if num_ready < num_wanted else ""
-    elif failing:
+    elif failing and not is_dormant:
         state, reason = ModelState.UNAVAILABLE, failing[0] or "its group failed and is backing off"
     elif not num_wanted:
-        state, reason = ModelState.UNAVAILABLE, "no replica of it is wanted"
+        state, reason = ModelState.UNAVAILABLE, DORMANT if is_dormant else "no replica of it is wanted"
     elif own:
         state, reason = ModelState.LOADING, _progress((forming or own)[0])
     else:
         state, reason = ModelState.LOADING, "no node has begun to form a group of it"
-    return Revision(published.spec, published.check, num_ready, state, reason)
+    return Revision(published.spec, published.check, num_ready, state, reason, is_dormant and not num_ready)
 
 
 def _lacking(failing: list[str], forming: list[GroupReport]) -> str:

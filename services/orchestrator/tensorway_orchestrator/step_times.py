@@ -49,8 +49,8 @@ class StepTimes:
         return self._mean_s + self._per_row_s * (rows - self._mean_rows)
 
     def least_s(self, rows: float) -> float:
-        """Expected step time, or what is certain of it: where only one size was seen, larger ones take at least as long, and smaller ones at
-        least their share. For those who would never see another size if they believed the worst of it."""
+        """Expected step time, or what is certain of it: where only one size was seen, larger ones take at least as long, and smaller ones
+        at least their share. For those who would never see another size if they believed the worst of it."""
         predicted_s = self.predict_s(rows)
         if self._per_row_s is not None or not self._mean_s:
             return predicted_s

@@ -76,6 +76,7 @@ class ReplicaKeeper:
         self._is_leaving = False
         #: Whether it has looked at least once for what it should run.
         self._has_looked = False
+        self._was_ready = False
         self._devices = devices
 
     def reports(self) -> tuple[GroupReport, ...]:
@@ -105,11 +106,15 @@ class ReplicaKeeper:
 
     @property
     def unreadiness(self) -> str | None:
-        """None once all that the node claimed has served (or has failed to start, which its readiness does not wait for)."""
+        """None once all that the node claimed at its start has served (or has failed to start, which its readiness does not wait for), and
+        ever after: what comes later comes to a node that serves."""
         if not self._has_looked:
             return "the registry has not been read yet"
         starting = [report.id for report in self.reports() if report.epoch <= 1 and report.state in _ON_THE_WAY]
-        return f"starting: {', '.join(starting)}" if starting else None
+        if starting and not self._was_ready:
+            return f"starting: {', '.join(starting)}"
+        self._was_ready = True
+        return None
 
     async def hand_over(self, deadline: Deadline) -> None:
         """Before this node stops: lets others claim its replicas, and goes on with what nobody else serves yet, until `deadline`."""

@@ -152,8 +152,8 @@ class Door:
         GenerationServicer(generations).attach(server)  # type: ignore[arg-type]
         OipStreamServicer(path, generations).attach(server)  # type: ignore[arg-type]
         OipServicer(path).attach(server)  # type: ignore[arg-type]
-        ModelServicer(catalog).attach(server)  # type: ignore[arg-type]
-        MeshServicer(EmptyRegistry()).attach(server)  # type: ignore[arg-type]
+        ModelServicer(catalog, EmptyRegistry()).attach(server)  # type: ignore[arg-type]
+        MeshServicer(EmptyRegistry(), catalog).attach(server)  # type: ignore[arg-type]
         OipModelServicer(catalog, statistics, lambda: True).attach(server)  # type: ignore[arg-type]
         attach_unserved(server)  # type: ignore[arg-type]
 

@@ -1,17 +1,21 @@
-"""`tensorway.v1.ModelService`: what the mesh can run."""
+"""`tensorway.v1.ModelService`: what the mesh can run, and how often."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from google.protobuf.message import DecodeError
 
 from tensorway.errors import InvalidRequest
+from tensorway.registry.port import DESIRED, Registry
 from tensorway.signature import TensorSpec
 from tensorway.transport.port import Call, Server
 from tensorway.v1 import model_pb2
 from tensorway_gateway.catalog import Catalog
 from tensorway_gateway.models import Model, ModelState
+from tensorway_gateway.scale import check_replicas, with_replicas
+from tensorway_gateway.servicers.registry_time import answered_in_time
 
 SERVICE: Final = "tensorway.v1.ModelService"
 _STATES: Final = {
@@ -22,14 +26,16 @@ _STATES: Final = {
 
 
 class ModelServicer:
-    """Answers ListModels and GetModel."""
+    """Answers ListModels, GetModel and ScaleModel."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, registry: Registry) -> None:
         self._catalog = catalog
+        self._registry = registry
 
     def attach(self, server: Server) -> None:
         server.add_unary(f"/{SERVICE}/ListModels", self.list_models)
         server.add_unary(f"/{SERVICE}/GetModel", self.get_model)
+        server.add_unary(f"/{SERVICE}/ScaleModel", self.scale_model)
 
     async def list_models(self, message: bytes, call: Call) -> bytes:
         try:
@@ -45,6 +51,19 @@ class ModelServicer:
             raise InvalidRequest("the message is no GetModelRequest", field="request") from error
         return model_pb2.GetModelResponse(model=_write(self._catalog.find(name))).SerializeToString()
 
+    async def scale_model(self, message: bytes, call: Call) -> bytes:
+        try:
+            request = model_pb2.ScaleModelRequest.FromString(message)
+        except DecodeError as error:
+            raise InvalidRequest("the message is no ScaleModelRequest", field="request") from error
+        model = self._catalog.find(request.model)
+        spec = model.serving.spec
+        check_replicas(spec, request.replicas)
+        key = f"{DESIRED}{spec.model}"
+        async with answered_in_time(call):
+            await self._registry.write(key, with_replicas(spec, request.replicas, await self._registry.read(key)))
+        return model_pb2.ScaleModelResponse(model=_write(replace(model, num_replicas=request.replicas))).SerializeToString()
+
 
 def _write(model: Model) -> model_pb2.Model:
     serving = model.serving
@@ -55,6 +74,7 @@ def _write(model: Model) -> model_pb2.Model:
         inputs=map(_write_spec, spec.signature.inputs), outputs=map(_write_spec, spec.signature.outputs),
         max_rows=spec.batching.max_rows if spec.signature.is_batchable else 0,
         num_replicas=model.num_replicas, num_ready_replicas=serving.num_ready_replicas, description=spec.description,
+        is_dormant=serving.is_dormant,
     )
 
 

@@ -46,9 +46,10 @@ class OipModelServicer:
         return oip.ServerMetadataResponse(name="tensorway", version=__version__, extensions=EXTENSIONS)
 
     def _model_ready(self, request: oip.ModelReadyRequest) -> oip.ModelReadyResponse:
-        """Known but not ready is an answer; unknown is NOT_FOUND."""
+        """Known but not ready is an answer; unknown is NOT_FOUND. A model that is scaled to zero is ready, for it answers: a load balancer
+        that sent it nothing would keep it from ever starting."""
         _, revision = self._find(request.name, request.version)
-        return oip.ModelReadyResponse(ready=revision.state is ModelState.READY and self._is_ready())
+        return oip.ModelReadyResponse(ready=(revision.state is ModelState.READY or revision.is_dormant) and self._is_ready())
 
     def _model_metadata(self, request: oip.ModelMetadataRequest) -> oip.ModelMetadataResponse:
         return write_metadata(*self._find(request.name, request.version))
