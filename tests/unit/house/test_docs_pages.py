@@ -122,7 +122,8 @@ def test_tensorway_commands_exist_with_their_flags() -> None:
     assert len(commands) > 20
     for place, command in commands:
         words = command.split()[1:]
-        sub_command = words[:2] if words[0] == "models" and words[1:2] and words[1] in ("list", "show", "fetch", "scale", "load") else words[:1]
+        has_two = words[0] == "models" and words[1:2] and words[1] in ("list", "show", "fetch", "scale", "load")
+        sub_command = words[:2] if has_two else words[:1]
         shown = help_of(*sub_command)
         for flag in re.findall(r"(?<!\S)--[a-z-]+", command):
             assert re.search(rf"{flag}\b", shown), f"{place}: {command}: no {flag}"
