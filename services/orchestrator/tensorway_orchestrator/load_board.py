@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from tensorway.errors import Unavailable
+from tensorway.errors import TensorwayError
 from tensorway.loads import ModelLoad, encode_loads, load_key
 from tensorway.registry.port import Registry
 from tensorway_orchestrator.outage import Outage
@@ -51,7 +51,7 @@ class LoadBoard:
         finally:
             try:
                 await self._registry.delete(self._key)
-            except Unavailable as error:
+            except TensorwayError as error:
                 # It counts for nothing once the registration is gone.
                 self._outage.began(error)
 
@@ -61,7 +61,7 @@ class LoadBoard:
             return
         try:
             await self._registry.write(self._key, encode_loads(loads))
-        except Unavailable as error:
+        except TensorwayError as error:
             self._outage.began(error)
             return
         self._outage.ended()

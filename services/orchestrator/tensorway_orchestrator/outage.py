@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from tensorway.errors import Unavailable
+from tensorway.errors import TensorwayError
 
 _LOG = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ class Outage:
     what: str
     _is_out: bool = False
 
-    def began(self, error: Unavailable) -> None:
+    def began(self, error: TensorwayError) -> None:
         """It has failed: nothing is lost, it is done again."""
         if not self._is_out:
             _LOG.warning("%s waits for the registry: %s", self.what, error)

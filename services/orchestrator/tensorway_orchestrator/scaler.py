@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from tensorway.errors import Unavailable
+from tensorway.errors import TensorwayError
 from tensorway.loads import LOADS, ModelLoad, decode_loads
 from tensorway.registry.patience import released
 from tensorway.registry.port import DESIRED, GROUP, ORCHESTRATOR, Lease, Registry
@@ -99,7 +99,7 @@ class Scaler:
                 charge = self._charges.get(model) or await self._take(model, spec.scaling, tasks)
                 if charge is not None:
                     await self._scale(spec, charge)
-        except Unavailable as error:
+        except TensorwayError as error:
             self._outage.began(error)
             # What came meanwhile was not heard of: nothing counts as idle before it was listened to again.
             for charge in self._charges.values():
