@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shlex
 import signal
 import sys
 import time
@@ -39,6 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the table as a page")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the services' logs")
     given = parser.parse_args(argv)
+    given.began_s = time.monotonic()
     given.scenarios = _chosen(parser, given.only)
     return given
 
@@ -73,7 +75,7 @@ def parts(scenarios: list[Scenario], registry: str) -> list[tuple[str, list[Scen
 
 async def run(given: argparse.Namespace, console: Console) -> list[Outcome]:
     """All that was asked for."""
-    until_s = time.monotonic() + given.seconds
+    until_s = given.began_s + given.seconds
     outcomes: list[Outcome] = []
     columns = (SpinnerColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -129,7 +131,8 @@ def main() -> int:
         return 130
     console.print(terminal_table(outcomes))
     if given.report is not None:
-        write_page(given.report, outcomes, Mix(), given.seed, not network_obstacle())
+        command = shlex.join(["python", "-m", "tests.chaos", *sys.argv[1:]])
+        write_page(given.report, outcomes, Mix(), command, time.monotonic() - given.began_s, not network_obstacle())
     return 0 if all(outcome.is_good for outcome in outcomes) else 1
 
 

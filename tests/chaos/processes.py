@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -94,9 +94,9 @@ def marked(mark: str) -> set[int]:
     return found
 
 
-def end_marked(mark: str) -> None:
-    """SIGKILL to whatever is left of a run."""
-    for pid in marked(mark):
+def end_marked(mark: str, spared: Collection[int] = ()) -> None:
+    """SIGKILL to whatever is left of a run, those excepted whom somebody else ends."""
+    for pid in marked(mark).difference(spared):
         end_process(pid)
 
 

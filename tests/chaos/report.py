@@ -22,7 +22,7 @@ _COLUMNS: Final = (
 )
 _INTRODUCTION: Final = """# The mesh under fire
 
-Measured by `make chaos` on {date} with seed {seed}. {hosts}
+Measured by `{command}` on {date}, in {minutes:.0f} minutes. {hosts}
 
 Load, through both gateways, for the whole time: {identity:g} requests/s to `identity` (bytes compared), {embedding:g}/s to MiniLM
 (embeddings compared to 1e-4), {stream:g} streams/s of SmolLM2 (tokens compared one by one). Deadlines: {timeout:g} s; streams
@@ -59,11 +59,12 @@ def terminal_table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def write_page(path: Path, outcomes: Sequence[Outcome], mix: Mix, seed: int, has_network: bool) -> None:
-    """The committed page."""
+def write_page(path: Path, outcomes: Sequence[Outcome], mix: Mix, command: str, took_s: float, has_network: bool) -> None:
+    """The committed page; `command` is what was typed."""
     hosts = "Each host in a network namespace of its own." if has_network else "All hosts on loopback addresses: no network faults."
     lines = [_INTRODUCTION.format(
-        date=datetime.now(UTC).date(), seed=seed, hosts=hosts, identity=mix.identity, embedding=mix.embedding, stream=mix.stream,
+        date=datetime.now(UTC).date(), command=command, minutes=took_s / 60, hosts=hosts,
+        identity=mix.identity, embedding=mix.embedding, stream=mix.stream,
         timeout=mix.timeout_s, stream_timeout=mix.stream_timeout_s, cores=_num_cores(), kernel=platform.release().split("-")[0],
         python=platform.python_version(), grpcio=grpc.__version__, torch=torch.__version__,
     )]
@@ -74,10 +75,20 @@ def write_page(path: Path, outcomes: Sequence[Outcome], mix: Mix, seed: int, has
     ok, tokens = sum(outcome.verdict.ok for outcome in ran), sum(outcome.verdict.tokens for outcome in ran)
     good = sum(outcome.is_good for outcome in ran)
     lines += ["", f"{good} of {len(ran)} scenarios met every aim; {ok} of {sent} requests were answered and right, among them "
-              f"{streams} streams with {tokens} tokens.", "", "## The faults", "", "| scenario | fault |", "| --- | --- |"]
+              f"{streams} streams with {tokens} tokens.", *_resolution(ran), "",
+              "## The faults", "", "| scenario | fault |", "| --- | --- |"]
     lines += [f"| {outcome.scenario.name} | {outcome.scenario.what} |" for outcome in ran]
     lines += _missed(ran)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _resolution(outcomes: Sequence[Outcome]) -> list[str]:
+    """What so many requests can show: with no failure among n, at most 3 / n fail (95 % confidence; Hanley and Lippman-Hand, 1983)."""
+    sent = [outcome.verdict.sent for outcome in outcomes if outcome.verdict.sent]
+    if not sent:
+        return []
+    return [f"No failure in the smallest scenario bounds the share that fails at {3 / min(sent):.2%} (95 % confidence), in all together at "
+            f"{3 / sum(sent):.3%}: one scenario alone cannot show 99.9 %."]
 
 
 def _missed(outcomes: Sequence[Outcome]) -> list[str]:

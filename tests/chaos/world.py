@@ -194,7 +194,7 @@ class World:
         for member in self.members.values():
             member.send_signal(signal.SIGCONT)
             member.send_signal(signal.SIGKILL)
-        end_marked(self.mark)
+        end_marked(self.mark, [server.process.pid for server in self.servers.values() if server.process is not None])
         for member in self.members.values():
             if member.process is not None:
                 await member.process.wait()
