@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help install models consul run up test test-unit test-integration check format protos bench bench-groups bench-tokens bench-routing \
-  bench-overload fuzz kill-everywhere chaos clean
+  bench-overload fuzz kill-everywhere consul-outage chaos clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -86,6 +86,9 @@ bench-routing: install ## Simulate routing with 1 000 groups and 1 000 000 reque
 
 bench-overload: install models ## Offer a mesh up to three times what it can do; writes benchmarks/overload.md
 	$(BIN)/python -m benchmarks.overload
+
+consul-outage: install consul ## The long form of Consul's absence: 60 seconds
+	TENSORWAY_LONG_OUTAGE=1 $(BIN)/python -m pytest tests/contract/registry/test_consul_outage.py -k sixty_seconds
 
 # Network namespaces, packet filters and clocks need these; without root the faults that need them are left out, and it says so.
 CHAOS_TOOLS := iptables iproute2 gcc libc6-dev

@@ -2,7 +2,8 @@
 
 Requests of one long text arrive by a Poisson process, whatever became of those before, each with the same deadline; one in ten has a high
 priority. Goodput is what was answered within its deadline, beside the capacity: the rate that a closed loop reached just before. The load
-generator shares the machine's cores with the mesh, so the more is offered, the less of them is left.
+generator shares the machine's cores with the mesh, so the more is offered, the less of them is left: the cores that the rank got are shown
+beside those that it had in the closed loop.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
+import os
 import random
 import tempfile
 import time
@@ -18,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from benchmarks.cpu import CpuClock
 from benchmarks.report import machine
 from benchmarks.token_workload import ROOT
 from tensorway import AsyncClient
 from tensorway.cli.local_mesh import LocalMesh, MemberPlan, flags_of
 from tensorway.errors import Status, TensorwayError
 from tensorway.registry.directory import DirectoryRegistry
-from tensorway.registry.port import GATEWAY, GROUP
+from tensorway.registry.port import GATEWAY, GROUP, ORCHESTRATOR
 
 MODEL: Final = "minilm"
 TEXT: Final = "the quick brown fox jumps over the lazy dog while the orchestra tunes its strings " * 3
@@ -48,11 +51,30 @@ class Outcome:
     num_retry_infos: int = 0
     #: Seconds past the deadline of whatever came last.
     overdue_s: float = 0.0
+    #: CPU seconds a second of the rank, and of all else that the requests cost: client, gateway and orchestrator.
+    rank_cores: float = 0.0
+    other_cores: float = 0.0
 
     @property
     def goodput(self) -> float:
         """Requests a second that were answered within their deadline."""
         return sum(self.answered.values()) / self.seconds
+
+
+@dataclass
+class Cores:
+    """CPU seconds a second since the last look."""
+
+    clock: CpuClock
+    _seen: dict[str, int] = field(default_factory=dict)
+    _at_s: float = 0.0
+
+    def look(self) -> tuple[float, float]:
+        """Of the rank, and of client, gateway and orchestrator together."""
+        now_s, read = time.monotonic(), self.clock.read()
+        took = {name: (value - self._seen.get(name, value)) / 1e9 / max(1e-9, now_s - self._at_s) for name, value in read.items()}
+        self._seen, self._at_s = read, now_s
+        return took.pop("rank"), sum(took.values())
 
 
 async def measure_capacity(client: AsyncClient, seconds: float) -> float:
@@ -109,7 +131,7 @@ async def offer(client: AsyncClient, rate: float, timeout_s: float, seconds: flo
     return outcome
 
 
-def line(multiple: float, rate: float, capacity: float, outcome: Outcome) -> str:
+def line(multiple: float, rate: float, capacity: float, closed_cores: float, outcome: Outcome) -> str:
     """A row of the table."""
     refused_ms = sorted(1e3 * took_s for took_s in outcome.refused_s)
     high = 100 * outcome.answered[True] / max(1, outcome.sent[True])
@@ -117,10 +139,13 @@ def line(multiple: float, rate: float, capacity: float, outcome: Outcome) -> str
     p50, p99 = (refused_ms[int(share * (len(refused_ms) - 1))] if refused_ms else 0.0 for share in (0.5, 0.99))
     told = f"{100 * outcome.num_retry_infos / len(refused_ms):.0f} %" if refused_ms else "none"
     statuses = ", ".join(f"{name} {number}" for name, number in outcome.statuses.most_common()) or "none"
-    return (
-        f"| {multiple:g} | {rate:.0f} | {outcome.goodput:.1f} | {100 * outcome.goodput / capacity:.0f} % | {high:.1f} % | {low:.1f} % | "
-        f"{p50:.0f} / {p99:.0f} | {told} | {outcome.late} | {1e3 * max(0.0, outcome.overdue_s):.0f} | {statuses} |"
+    for_cores = 100 * outcome.goodput / capacity * closed_cores / max(1e-9, outcome.rank_cores)
+    cells = (
+        f"{multiple:g}", f"{rate:.0f}", f"{outcome.goodput:.1f}", f"{100 * outcome.goodput / capacity:.0f} %", f"{high:.1f} %",
+        f"{low:.1f} %", f"{closed_cores:.2f} / {outcome.rank_cores:.2f}", f"{outcome.other_cores:.2f}", f"{for_cores:.0f} %",
+        f"{p50:.0f} / {p99:.0f}", told, str(outcome.late), f"{1e3 * max(0.0, outcome.overdue_s):.0f}", statuses,
     )
+    return f"| {' | '.join(cells)} |"
 
 
 async def bench(seconds: float, timeout_s: float, seed: int) -> str:
@@ -136,19 +161,25 @@ async def bench(seconds: float, timeout_s: float, seed: int) -> str:
                 MemberPlan("orchestrator", "orchestrator", flags_of(shared)),
                 MemberPlan("node", "node", flags_of({**shared, "models_dir": str(ROOT / "models"), "models": f'["{MODEL}"]'})),
             ])
+            pids = {"client": (os.getpid(),)}
             async with asyncio.timeout(120):
-                for kind in (GATEWAY, GROUP):
+                for name, kind in (("gateway", GATEWAY), ("orchestrator", ORCHESTRATOR), ("rank", GROUP)):
                     async for members in registry.watch(kind):
                         if members:
+                            pids[name] = (int(members[0].metadata["pid"]),)
                             break
                 endpoint = (await registry.registrations(GATEWAY))[0].endpoint
+            cores = Cores(CpuClock(pids))
             async with AsyncClient(endpoint, retries=0) as client:
                 await measure_capacity(client, seconds / 2)  # warms up
                 rows = []
                 for multiple in MULTIPLES:
+                    cores.look()
                     capacity = await measure_capacity(client, seconds)
+                    closed_cores, _ = cores.look()
                     outcome = await offer(client, multiple * capacity, timeout_s, seconds, seed)
-                    rows.append(line(multiple, multiple * capacity, capacity, outcome))
+                    outcome.rank_cores, outcome.other_cores = cores.look()
+                    rows.append(line(multiple, multiple * capacity, capacity, closed_cores, outcome))
                     print(rows[-1], flush=True)
                 return "\n".join(rows)
 
@@ -163,12 +194,13 @@ def main() -> None:
     table = asyncio.run(bench(options.seconds, options.deadline, options.seed))
     target = ROOT / "benchmarks" / "overload.md"
     target.write_text(
-        f"# Overload\n\n`make bench-overload`, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {machine()}. Model `{MODEL}`, one text of "
+        f"# Overload\n\n`python -m benchmarks.overload --seconds {options.seconds:g}` (make bench-overload), {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {machine().rstrip('.')}. Model `{MODEL}`, one text of "
         f"{len(TEXT.split())} words a request, deadline {options.deadline:g} s, one request in ten with a high priority. Goodput: answers "
         "within their deadline, beside the capacity that a closed loop of 64 reached just before; refusals: milliseconds from sending to "
         "hearing no, and how many of them said when to come back (RetryInfo).\n\n"
-        "| times capacity | offered /s | goodput /s | of capacity | high priority answered | others | refused after ms, p50 / p99 "
-        "| with RetryInfo | late answers | latest, ms past deadline | errors |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "| times capacity | offered /s | goodput /s | of capacity | high priority answered | others | cores of the rank, closed loop / now "
+        "| of client, gateway, orchestrator | goodput for the rank's cores | refused after ms, p50 / p99 "
+        "| with RetryInfo | late answers | latest, ms past deadline | errors |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
         f"{table}\n"
     )
     print(f"{target} written")

@@ -6,6 +6,7 @@ Most of these scenarios wait for times to pass: those that do are played at the 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -101,7 +102,7 @@ async def _loses_data(folder: Path) -> None:
         await stage.changed_nothing()
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("TENSORWAY_LONG_OUTAGE"), reason="the long form: make consul-outage")
 @pytest.mark.timeout(240)
 async def test_sixty_seconds_without_consul(tmp_path: Path) -> None:
     await _hangs(tmp_path / "hangs", 60.0)

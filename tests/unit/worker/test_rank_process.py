@@ -68,6 +68,7 @@ async def test_from_launch_to_exit(tmp_path: Path, transport: str) -> None:
             "epoch": "1",
             "node": "node-1",
             "max_rows": "256",
+                "capacity": "256",
             "pid": str(rank.process.pid),
         }
         async with linked(status.endpoint) as link:
