@@ -194,7 +194,9 @@ def main() -> None:
     table = asyncio.run(bench(options.seconds, options.deadline, options.seed))
     target = ROOT / "benchmarks" / "overload.md"
     target.write_text(
-        f"# Overload\n\n`python -m benchmarks.overload --seconds {options.seconds:g}` (make bench-overload), {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {machine().rstrip('.')}. Model `{MODEL}`, one text of "
+        f"# Overload\n\n`python -m benchmarks.overload --seconds {options.seconds:g}` (make bench-overload), "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {machine().rstrip('.')}. "
+        f"Model `{MODEL}`, one text of "
         f"{len(TEXT.split())} words a request, deadline {options.deadline:g} s, one request in ten with a high priority. Goodput: answers "
         "within their deadline, beside the capacity that a closed loop of 64 reached just before; refusals: milliseconds from sending to "
         "hearing no, and how many of them said when to come back (RetryInfo).\n\n"
