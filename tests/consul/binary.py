@@ -8,6 +8,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from benchmarks.debian import unpack
@@ -50,5 +52,15 @@ def bring_consul() -> Path:
     return found
 
 
+def main() -> int:
+    """Prints the path, or one line that says what to do; returns the exit status."""
+    try:
+        print(bring_consul())
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"consul: cannot be brought from Debian's mirror ({error}); set CONSUL_BIN to a Consul binary", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print(bring_consul())
+    sys.exit(main())
