@@ -152,6 +152,7 @@ class Lane:
 
     def close(self) -> None:
         """The revision is withdrawn: answers what waits."""
+        self.recovery.is_closed = True
         self.wait.stop()
         if self._leave_timer is not None:
             self._leave_timer.cancel()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
 
-from tensorway.errors import TensorwayError
+from tensorway.errors import TensorwayError, Unavailable
 from tensorway_orchestrator import quarantine as words
 from tensorway_orchestrator import wire
 from tensorway_orchestrator.batch_attempt import BatchAttempt
@@ -38,6 +38,8 @@ class Recovery:
     #: Called when the queue has something that it had not.
     on_queued: Callable[[], None]
     quarantine: Quarantine = field(default_factory=Quarantine)
+    #: The revision was withdrawn: what is with a group may be answered, but nothing is sent again.
+    is_closed: bool = False
 
     def refusal(self, request: Request, now_s: float) -> TensorwayError | None:
         """Why the request's content is not run; None where it is."""
@@ -90,6 +92,8 @@ class Recovery:
 
     def _send_again(self, attempt: BatchAttempt, requests: Sequence[Request]) -> None:
         """Queues requests that stay with their group meanwhile. Whichever answers first counts."""
+        if self.is_closed:
+            return
         for request in requests:
             request.lost_groups = (*request.lost_groups, attempt.group.id)
             self.open.queue.offer(request)
@@ -98,7 +102,9 @@ class Recovery:
 
     def _come_back(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            if request.is_open and not request.is_queued:
+            if request.is_open and self.is_closed:
+                self.open.fail(request, Unavailable(f"model {self.model!r} was withdrawn while the request waited for another attempt"))
+            elif request.is_open and not request.is_queued:
                 self.open.queue.offer(request)
         self.on_queued()
 

@@ -11,6 +11,7 @@ import pytest
 from tensorway.deadline import Deadline
 from tensorway.errors import DeadlineExceeded, InvalidRequest, ModelFailed, NotFound, Unavailable
 from tensorway.resilience import Fallback, Hedging
+from tensorway.revisions import revision_key
 from tensorway.signature import Batching, Signature, TensorSpec
 from tensorway.tensors import DataType
 from tensorway.v1 import link_pb2
@@ -166,6 +167,20 @@ async def test_groups_of_one_node_that_die_together_are_not_blamed_on_a_request(
     await bench.add_leader("c")
     assert await call == b"xyz"
     await asyncio.gather(*stopping)
+
+
+async def test_nothing_is_sent_again_once_the_revision_is_withdrawn(bench: Bench) -> None:
+    leader = await bench.add_leader("g", on_batch=hold)
+    call = asyncio.ensure_future(bench.infer("r", timeout_s=20))
+    await leader.wait_batches(1)
+    await bench.registry.delete(revision_key(ECHO.model, ECHO.revision))
+    async with asyncio.timeout(10):
+        while bench.dispatcher.knows("echo"):
+            await asyncio.sleep(0.005)
+    leader.batches[0].exchange.fail(Unavailable("not now"))
+    with pytest.raises(Unavailable, match="withdrawn"):
+        await call
+    assert len(leader.batches) == 1
 
 
 async def test_a_lost_request_waits_for_a_full_group_rather_than_for_the_one_that_lost_it(bench: Bench) -> None:
