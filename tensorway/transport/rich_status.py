@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status as RichStatus
 
-from tensorway.errors import MessageTooLarge, Status, TensorwayError, error_from
+from tensorway.errors import MessageTooLarge, Status, TensorwayError, Unavailable, error_from
 
 DETAILS_TRAILER: Final = "grpc-status-details-bin"
 DOMAIN: Final = "tensorway"
@@ -21,6 +21,9 @@ MAX_SENTENCE_BYTES: Final = 1536
 
 #: grpc core refuses an over-large message by itself, with no details: nothing but its sentence tells that apart from a server that is full.
 _CORE_TOO_LARGE: Final = "message larger than max"
+
+#: How grpc says that this side ended the RPC; any other CANCELLED without details is core's, which ends so what reached a server that stops.
+_ENDED_HERE: Final = ("Locally cancelled", "Channel closed")
 
 _US_PER_S: Final = 1_000_000
 
@@ -72,6 +75,8 @@ def decode_error(code: int, sentence: str, trailers: Mapping[str, str | bytes]) 
         return error_from("", code, sentence)
     if not reason and code == Status.RESOURCE_EXHAUSTED and _CORE_TOO_LARGE in sentence:
         return MessageTooLarge(sentence)
+    if not reason and code == Status.CANCELLED and not rich.message and not sentence.startswith(_ENDED_HERE):
+        return Unavailable(f"the peer ended the call without an answer, as a server does that stops ({sentence or 'CANCELLED'})")
     message = rich.message or sentence or f"the peer answered {_name(code)} without a message"
     return error_from(reason, code, message, field=field, hop=hop, retry_after_s=retry_after_s)
 

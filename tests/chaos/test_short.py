@@ -82,8 +82,13 @@ async def test_what_is_wrong_or_lost_or_left_over_is_seen(tmp_path: Path) -> Non
     shape = Shape("directory", fleet, num_gateways=1, num_orchestrators=1, num_nodes=1)
     async with open_arena(shape, replace(MIX, timeout_s=0.5), SEED, PACE, print) as arena:
         outcome = await arena.run(Scenario("kill-rank", "SIGKILL of the only leader", Kill(RANK + IDENTITY), 1.0), SEED)
-        with subprocess.Popen(["sleep", "60"], env={MARK: arena.world.mark}) as stray:
+        with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={MARK: arena.world.mark}) as stray:
             try:
+                assert stray.stdin is not None and stray.stdout is not None
+                stray.stdin.write(b"on\n")
+                stray.stdin.flush()
+                # A process that has only begun shows no environment yet.
+                assert stray.stdout.readline() == b"on\n"
                 assert await strays(arena.world, 0.6) == [f"process {stray.pid} belongs to nobody"]
             finally:
                 stray.kill()

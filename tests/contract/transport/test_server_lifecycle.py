@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tensorway.errors import Cancelled, DeadlineExceeded, Unavailable
+from tensorway.errors import Cancelled, DeadlineExceeded, TensorwayError, Unavailable
 from tensorway.transport import AsyncChannel
 from tensorway.transport.port import Call, Stream
 
@@ -123,14 +123,37 @@ async def test_stop_lets_running_rpcs_end_and_refuses_new_ones(rig: Rig) -> None
     await soon(gate.began.get())
     stopping = asyncio.ensure_future(rig.servers[0].stop(TIMEOUT_S))
     await asyncio.sleep(0)
-    # grpc.aio answers an RPC that meets its shutdown halfway with CANCELLED.
-    with pytest.raises((Unavailable, Cancelled)):
+    with pytest.raises(Unavailable):
         await rig.channel(endpoint).unary(UNARY, b"new", TIMEOUT_S)
     assert not stopping.done()
     gate.opened.set()
     assert (await held).response == b"held"
     await soon(stopping)
     assert rig.servers[0].num_in_flight == 0
+
+
+async def test_what_meets_a_stop_halfway_is_unavailable_and_may_be_sent_elsewhere(rig: Rig) -> None:
+    """grpc core answers CANCELLED to what has reached it and was not taken yet; a client must not think that it cancelled."""
+    endpoint = await rig.serve()
+    channels = [rig.channel(endpoint) for _ in range(4)]
+    ends: list[TensorwayError] = []
+    answered = asyncio.Event()
+
+    async def call_until_it_fails(channel: AsyncChannel) -> None:
+        try:
+            while True:
+                await channel.unary(UNARY, b"", TIMEOUT_S)
+                answered.set()
+        except TensorwayError as error:
+            ends.append(error)
+
+    async with asyncio.TaskGroup() as callers:
+        for channel in channels * 16:
+            callers.create_task(call_until_it_fails(channel))
+        await soon(answered.wait())
+        await soon(rig.servers[0].stop(TIMEOUT_S))
+    assert len(ends) == 64
+    assert {type(error) for error in ends} == {Unavailable}
 
 
 async def test_stop_cancels_what_outlives_the_grace_and_the_client_reads_why(rig: Rig) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tensorway.errors import (
     ERROR_OF_REASON,
+    Cancelled,
     InternalError,
     InvalidRequest,
     MessageTooLarge,
@@ -48,6 +49,10 @@ def test_without_our_details_the_status_decides() -> None:
     assert type(decode_error(Status.UNAVAILABLE, "gone", {DETAILS_TRAILER: b"\xff\xff not protobuf"})) is Unavailable
     assert type(decode_error(Status.DATA_LOSS, "", {})) is InternalError
     assert type(decode_error(999, "odd", {})) is InternalError
+    # Core ends so what reaches a server that stops: it can be asked again. Who cancels here, or is told so by a service, means it.
+    assert type(decode_error(Status.CANCELLED, "CANCELLED", {})) is Unavailable
+    assert type(decode_error(Status.CANCELLED, "Locally cancelled by application!", {})) is Cancelled
+    assert type(decode_error(Status.CANCELLED, "", {DETAILS_TRAILER: encode_error(Cancelled("gone")).details})) is Cancelled
     assert type(decode_error(Status.RESOURCE_EXHAUSTED, "quota", {})) is Overloaded
     assert type(decode_error(Status.RESOURCE_EXHAUSTED, "CLIENT: Received message larger than max (9 vs. 5)", {})) is MessageTooLarge
 
