@@ -68,7 +68,7 @@ format: install ## Sort imports and mend what ruff can
 
 protos: install ## Generate the Python stubs from protos/
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. protos/tensorway/v1/*.proto protos/tensorway/compat/*.proto
-	$(BIN)/python -m grpc_tools.protoc -I protos --grpc_python_out=. $(addprefix protos/tensorway/v1/,$(addsuffix .proto,inference model mesh node link))
+	$(BIN)/python -m grpc_tools.protoc -I protos --grpc_python_out=. $(addprefix protos/tensorway/v1/,$(addsuffix .proto,inference model mesh node link ops))
 
 # h2load is C, from Debian: a load generator that nobody here wrote.
 bench: install models ## Measure the running mesh with h2load and perf-analyzer; writes benchmarks/results.md

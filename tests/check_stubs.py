@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-GRPC_STUBS = ("inference", "model", "mesh", "node", "link")
+GRPC_STUBS = ("inference", "model", "mesh", "node", "link", "ops")
 
 
 def main(python: str) -> int:

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from tensorway.v1 import ops_pb2 as tensorway_dot_v1_dot_ops__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensorway/v1/mesh.proto\x12\x0ctensorway.v1\"\x14\n\x12GetTopologyRequest\"<\n\x13GetTopologyResponse\x12%\n\x07members\x18\x01 \x03(\x0b\x32\x14.tensorway.v1.Member\"\x9b\x01\n\x06Member\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x34\n\x08metadata\x18\x04 \x03(\x0b\x32\".tensorway.v1.Member.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1f\n\x0eGetLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"9\n\x0fGetLoadResponse\x12&\n\x05loads\x18\x01 \x03(\x0b\x32\x17.tensorway.v1.ModelLoad\"\xe8\x02\n\tModelLoad\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x1f\n\x17\x61rrival_rows_per_second\x18\x03 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x19\n\x11utilisation_ratio\x18\x05 \x01(\x01\x12\x1a\n\x12num_ready_replicas\x18\x06 \x01(\r\x12\x1b\n\x13num_wanted_replicas\x18\x07 \x01(\r\x12\x1a\n\x12predicted_replicas\x18\x08 \x01(\x01\x12\x14\n\x0cwaiting_rows\x18\t \x01(\x04\x12\x19\n\x11num_open_requests\x18\n \x01(\x04\x12\x14\n\x0cmin_replicas\x18\x0b \x01(\r\x12\x14\n\x0cmax_replicas\x18\x0c \x01(\r\x12\x35\n\rorchestrators\x18\r \x03(\x0b\x32\x1e.tensorway.v1.OrchestratorLoad\"\xff\x01\n\x10OrchestratorLoad\x12\x14\n\x0corchestrator\x18\x01 \x01(\t\x12\x1f\n\x17\x61rrival_rows_per_second\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x19\n\x11utilisation_ratio\x18\x04 \x01(\x01\x12\x1a\n\x12predicted_replicas\x18\x05 \x01(\x01\x12\x14\n\x0cwaiting_rows\x18\x06 \x01(\x04\x12\x19\n\x11num_open_requests\x18\x07 \x01(\x04\x12\x1f\n\x17replica_rows_per_second\x18\x08 \x01(\x01\x12\x14\n\x0cidle_seconds\x18\t \x01(\x01\x32\xa9\x01\n\x0bMeshService\x12R\n\x0bGetTopology\x12 .tensorway.v1.GetTopologyRequest\x1a!.tensorway.v1.GetTopologyResponse\x12\x46\n\x07GetLoad\x12\x1c.tensorway.v1.GetLoadRequest\x1a\x1d.tensorway.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensorway/v1/mesh.proto\x12\x0ctensorway.v1\x1a\x16tensorway/v1/ops.proto\"\x14\n\x12GetTopologyRequest\"<\n\x13GetTopologyResponse\x12%\n\x07members\x18\x01 \x03(\x0b\x32\x14.tensorway.v1.Member\"\x9b\x01\n\x06Member\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x34\n\x08metadata\x18\x04 \x03(\x0b\x32\".tensorway.v1.Member.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1f\n\x0eGetLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"9\n\x0fGetLoadResponse\x12&\n\x05loads\x18\x01 \x03(\x0b\x32\x17.tensorway.v1.ModelLoad\"\xe8\x02\n\tModelLoad\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x1f\n\x17\x61rrival_rows_per_second\x18\x03 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x19\n\x11utilisation_ratio\x18\x05 \x01(\x01\x12\x1a\n\x12num_ready_replicas\x18\x06 \x01(\r\x12\x1b\n\x13num_wanted_replicas\x18\x07 \x01(\r\x12\x1a\n\x12predicted_replicas\x18\x08 \x01(\x01\x12\x14\n\x0cwaiting_rows\x18\t \x01(\x04\x12\x19\n\x11num_open_requests\x18\n \x01(\x04\x12\x14\n\x0cmin_replicas\x18\x0b \x01(\r\x12\x14\n\x0cmax_replicas\x18\x0c \x01(\r\x12\x35\n\rorchestrators\x18\r \x03(\x0b\x32\x1e.tensorway.v1.OrchestratorLoad\"\xff\x01\n\x10OrchestratorLoad\x12\x14\n\x0corchestrator\x18\x01 \x01(\t\x12\x1f\n\x17\x61rrival_rows_per_second\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x19\n\x11utilisation_ratio\x18\x04 \x01(\x01\x12\x1a\n\x12predicted_replicas\x18\x05 \x01(\x01\x12\x14\n\x0cwaiting_rows\x18\x06 \x01(\x04\x12\x19\n\x11num_open_requests\x18\x07 \x01(\x04\x12\x1f\n\x17replica_rows_per_second\x18\x08 \x01(\x01\x12\x14\n\x0cidle_seconds\x18\t \x01(\x01\"]\n\x0eProfileRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12-\n\x07options\x18\x03 \x01(\x0b\x32\x1c.tensorway.v1.ProfileOptions\"]\n\x0fProfileResponse\x12\x31\n\x08progress\x18\x01 \x01(\x0b\x32\x1d.tensorway.v1.ProfileProgressH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\"K\n\x18SetMemberLogLevelRequest\x12\r\n\x05level\x18\x01 \x01(\t\x12\x0f\n\x07members\x18\x02 \x03(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"J\n\x19SetMemberLogLevelResponse\x12-\n\x07members\x18\x01 \x03(\x0b\x32\x1c.tensorway.v1.MemberLogLevel\"K\n\x0eMemberLogLevel\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08previous\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t2\xd9\x02\n\x0bMeshService\x12R\n\x0bGetTopology\x12 .tensorway.v1.GetTopologyRequest\x1a!.tensorway.v1.GetTopologyResponse\x12\x46\n\x07GetLoad\x12\x1c.tensorway.v1.GetLoadRequest\x1a\x1d.tensorway.v1.GetLoadResponse\x12H\n\x07Profile\x12\x1c.tensorway.v1.ProfileRequest\x1a\x1d.tensorway.v1.ProfileResponse0\x01\x12\x64\n\x11SetMemberLogLevel\x12&.tensorway.v1.SetMemberLogLevelRequest\x1a\'.tensorway.v1.SetMemberLogLevelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,22 +34,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MEMBER_METADATAENTRY']._loaded_options = None
   _globals['_MEMBER_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_GETTOPOLOGYREQUEST']._serialized_start=41
-  _globals['_GETTOPOLOGYREQUEST']._serialized_end=61
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=63
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=123
-  _globals['_MEMBER']._serialized_start=126
-  _globals['_MEMBER']._serialized_end=281
-  _globals['_MEMBER_METADATAENTRY']._serialized_start=234
-  _globals['_MEMBER_METADATAENTRY']._serialized_end=281
-  _globals['_GETLOADREQUEST']._serialized_start=283
-  _globals['_GETLOADREQUEST']._serialized_end=314
-  _globals['_GETLOADRESPONSE']._serialized_start=316
-  _globals['_GETLOADRESPONSE']._serialized_end=373
-  _globals['_MODELLOAD']._serialized_start=376
-  _globals['_MODELLOAD']._serialized_end=736
-  _globals['_ORCHESTRATORLOAD']._serialized_start=739
-  _globals['_ORCHESTRATORLOAD']._serialized_end=994
-  _globals['_MESHSERVICE']._serialized_start=997
-  _globals['_MESHSERVICE']._serialized_end=1166
+  _globals['_GETTOPOLOGYREQUEST']._serialized_start=65
+  _globals['_GETTOPOLOGYREQUEST']._serialized_end=85
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=87
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=147
+  _globals['_MEMBER']._serialized_start=150
+  _globals['_MEMBER']._serialized_end=305
+  _globals['_MEMBER_METADATAENTRY']._serialized_start=258
+  _globals['_MEMBER_METADATAENTRY']._serialized_end=305
+  _globals['_GETLOADREQUEST']._serialized_start=307
+  _globals['_GETLOADREQUEST']._serialized_end=338
+  _globals['_GETLOADRESPONSE']._serialized_start=340
+  _globals['_GETLOADRESPONSE']._serialized_end=397
+  _globals['_MODELLOAD']._serialized_start=400
+  _globals['_MODELLOAD']._serialized_end=760
+  _globals['_ORCHESTRATORLOAD']._serialized_start=763
+  _globals['_ORCHESTRATORLOAD']._serialized_end=1018
+  _globals['_PROFILEREQUEST']._serialized_start=1020
+  _globals['_PROFILEREQUEST']._serialized_end=1113
+  _globals['_PROFILERESPONSE']._serialized_start=1115
+  _globals['_PROFILERESPONSE']._serialized_end=1208
+  _globals['_SETMEMBERLOGLEVELREQUEST']._serialized_start=1210
+  _globals['_SETMEMBERLOGLEVELREQUEST']._serialized_end=1285
+  _globals['_SETMEMBERLOGLEVELRESPONSE']._serialized_start=1287
+  _globals['_SETMEMBERLOGLEVELRESPONSE']._serialized_end=1361
+  _globals['_MEMBERLOGLEVEL']._serialized_start=1363
+  _globals['_MEMBERLOGLEVEL']._serialized_end=1438
+  _globals['_MESHSERVICE']._serialized_start=1441
+  _globals['_MESHSERVICE']._serialized_end=1786
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from tensorway.v1 import ops_pb2 as _ops_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -98,3 +99,49 @@ class OrchestratorLoad(_message.Message):
     replica_rows_per_second: float
     idle_seconds: float
     def __init__(self, orchestrator: _Optional[str] = ..., arrival_rows_per_second: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., utilisation_ratio: _Optional[float] = ..., predicted_replicas: _Optional[float] = ..., waiting_rows: _Optional[int] = ..., num_open_requests: _Optional[int] = ..., replica_rows_per_second: _Optional[float] = ..., idle_seconds: _Optional[float] = ...) -> None: ...
+
+class ProfileRequest(_message.Message):
+    __slots__ = ("model", "group", "options")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    group: str
+    options: _ops_pb2.ProfileOptions
+    def __init__(self, model: _Optional[str] = ..., group: _Optional[str] = ..., options: _Optional[_Union[_ops_pb2.ProfileOptions, _Mapping]] = ...) -> None: ...
+
+class ProfileResponse(_message.Message):
+    __slots__ = ("progress", "data")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    progress: _ops_pb2.ProfileProgress
+    data: bytes
+    def __init__(self, progress: _Optional[_Union[_ops_pb2.ProfileProgress, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class SetMemberLogLevelRequest(_message.Message):
+    __slots__ = ("level", "members", "seconds")
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    level: str
+    members: _containers.RepeatedScalarFieldContainer[str]
+    seconds: float
+    def __init__(self, level: _Optional[str] = ..., members: _Optional[_Iterable[str]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class SetMemberLogLevelResponse(_message.Message):
+    __slots__ = ("members",)
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    members: _containers.RepeatedCompositeFieldContainer[MemberLogLevel]
+    def __init__(self, members: _Optional[_Iterable[_Union[MemberLogLevel, _Mapping]]] = ...) -> None: ...
+
+class MemberLogLevel(_message.Message):
+    __slots__ = ("kind", "id", "previous", "error")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    id: str
+    previous: str
+    error: str
+    def __init__(self, kind: _Optional[str] = ..., id: _Optional[str] = ..., previous: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...

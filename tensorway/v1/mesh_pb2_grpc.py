@@ -45,6 +45,16 @@ class MeshServiceStub:
                 request_serializer=tensorway_dot_v1_dot_mesh__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=tensorway_dot_v1_dot_mesh__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.Profile = channel.unary_stream(
+                '/tensorway.v1.MeshService/Profile',
+                request_serializer=tensorway_dot_v1_dot_mesh__pb2.ProfileRequest.SerializeToString,
+                response_deserializer=tensorway_dot_v1_dot_mesh__pb2.ProfileResponse.FromString,
+                _registered_method=True)
+        self.SetMemberLogLevel = channel.unary_unary(
+                '/tensorway.v1.MeshService/SetMemberLogLevel',
+                request_serializer=tensorway_dot_v1_dot_mesh__pb2.SetMemberLogLevelRequest.SerializeToString,
+                response_deserializer=tensorway_dot_v1_dot_mesh__pb2.SetMemberLogLevelResponse.FromString,
+                _registered_method=True)
 
 
 class MeshServiceServicer:
@@ -65,6 +75,20 @@ class MeshServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Profile(self, request, context):
+        """Takes a torch.profiler trace of a live group. NOT_FOUND for a model or group that is not known, UNAVAILABLE where none lives.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetMemberLogLevel(self, request, context):
+        """Changes the log level of members while they run. Those that could not be reached are named in the answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MeshServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +101,16 @@ def add_MeshServiceServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=tensorway_dot_v1_dot_mesh__pb2.GetLoadRequest.FromString,
                     response_serializer=tensorway_dot_v1_dot_mesh__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'Profile': grpc.unary_stream_rpc_method_handler(
+                    servicer.Profile,
+                    request_deserializer=tensorway_dot_v1_dot_mesh__pb2.ProfileRequest.FromString,
+                    response_serializer=tensorway_dot_v1_dot_mesh__pb2.ProfileResponse.SerializeToString,
+            ),
+            'SetMemberLogLevel': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetMemberLogLevel,
+                    request_deserializer=tensorway_dot_v1_dot_mesh__pb2.SetMemberLogLevelRequest.FromString,
+                    response_serializer=tensorway_dot_v1_dot_mesh__pb2.SetMemberLogLevelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +168,60 @@ class MeshService:
             '/tensorway.v1.MeshService/GetLoad',
             tensorway_dot_v1_dot_mesh__pb2.GetLoadRequest.SerializeToString,
             tensorway_dot_v1_dot_mesh__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Profile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tensorway.v1.MeshService/Profile',
+            tensorway_dot_v1_dot_mesh__pb2.ProfileRequest.SerializeToString,
+            tensorway_dot_v1_dot_mesh__pb2.ProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetMemberLogLevel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensorway.v1.MeshService/SetMemberLogLevel',
+            tensorway_dot_v1_dot_mesh__pb2.SetMemberLogLevelRequest.SerializeToString,
+            tensorway_dot_v1_dot_mesh__pb2.SetMemberLogLevelResponse.FromString,
             options,
             channel_credentials,
             insecure,
