@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from tensorway.client import AsyncClient, Client
     from tensorway.explaining import Explain
     from tensorway.results import ChatMessage, Delta, Finished, Started
+    from tensorway.tls import Tls
 
-__all__ = ["AsyncClient", "ChatMessage", "Client", "Delta", "Explain", "Finished", "Started"]
+__all__ = ["AsyncClient", "ChatMessage", "Client", "Delta", "Explain", "Finished", "Started", "Tls"]
 __version__ = "0.1.0"
 
 

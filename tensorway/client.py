@@ -33,11 +33,12 @@ from tensorway.results import (
     ModelDescription,
     Started,
 )
+from tensorway.tls import Tls, channel_tls
 from tensorway.transport import UnaryReply
 from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES
 from tensorway.v1 import model_pb2
 
-__all__ = ["AsyncClient", "ChatMessage", "Client", "Delta", "Explain", "Finished", "Started"]
+__all__ = ["AsyncClient", "ChatMessage", "Client", "Delta", "Explain", "Finished", "Started", "Tls"]
 
 Metadata = Mapping[str, str] | Sequence[tuple[str, str]]
 
@@ -62,15 +63,17 @@ class Client:
 
     `endpoint` is a gateway's, or those of several joined by commas: calls go round them, and past one that does not answer. `timeout_s` is
     the deadline of a call that sets none; `retries` the attempts after the first, for each endpoint; `metadata` goes with every call; with
-    `as_torch`, results hold torch tensors.
+    `as_torch`, results hold torch tensors. `tls`: True for TLS with the system's authorities, or a `Tls` that says whom to trust.
     """
 
     def __init__(
         self, endpoint: str = DEFAULT_ENDPOINT, *, timeout_s: float = DEFAULT_TIMEOUT_S, metadata: Metadata = (), retries: int = 3,
-        as_torch: bool = False, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        as_torch: bool = False, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, tls: Tls | bool = False,
     ) -> None:
         self._calls = Calls(endpoint, timeout_s, retries, as_torch)
-        self._channel = BlockingChannels(endpoints_of(endpoint), max_message_bytes=max_message_bytes, metadata=_pairs(metadata))
+        self._channel = BlockingChannels(
+            endpoints_of(endpoint), max_message_bytes=max_message_bytes, metadata=_pairs(metadata), tls=channel_tls(tls)
+        )
 
     def infer(
         self, model: str, inputs: Mapping[str, Any], *, outputs: Sequence[str] | None = None, revision: str = "", request_id: str = "",
@@ -151,12 +154,13 @@ class AsyncClient:
 
     def __init__(
         self, endpoint: str = DEFAULT_ENDPOINT, *, timeout_s: float = DEFAULT_TIMEOUT_S, metadata: Metadata = (), retries: int = 3,
-        as_torch: bool = False, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        as_torch: bool = False, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, tls: Tls | bool = False,
     ) -> None:
         self._calls = Calls(endpoint, timeout_s, retries, as_torch)
         self._endpoints = endpoints_of(endpoint)
         self._max_message_bytes = max_message_bytes
         self._metadata = _pairs(metadata)
+        self._tls = channel_tls(tls)
         #: Made on first use: it belongs to the loop that runs then.
         self._channel: AsyncChannels | None = None
 
@@ -224,7 +228,9 @@ class AsyncClient:
 
     def _open(self) -> AsyncChannels:
         if self._channel is None:
-            self._channel = AsyncChannels(self._endpoints, max_message_bytes=self._max_message_bytes, metadata=self._metadata)
+            self._channel = AsyncChannels(
+                self._endpoints, max_message_bytes=self._max_message_bytes, metadata=self._metadata, tls=self._tls
+            )
         return self._channel
 
     async def _unary(self, method: str, message: bytes, timeout_s: float | None) -> UnaryReply:

@@ -122,10 +122,12 @@ def _request(examples: Mapping[str, Tensor], loss: str, optimizer: str) -> node_
 
 async def _adapt(request: node_pb2.AdaptModelRequest, node: str, registry: str, console: Console) -> node_pb2.AdaptedModel:
     """The whole call, with a display of its progress."""
+    from tensorway.cli.connection import given
+    from tensorway.registry.port import NODE
     from tensorway.transport import AsyncChannel
     from tensorway.v1 import node_pb2
 
-    channel = AsyncChannel(node or await _only_node(registry))
+    channel = AsyncChannel(node or await _only_node(registry), tls=given().member_tls(NODE))
     stream = channel.stream(_ADAPT_MODEL)
     try:
         with _display(console, request.num_steps) as (progress, task):

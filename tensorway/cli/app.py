@@ -67,6 +67,8 @@ def up(
 
 def _register_commands() -> None:
     from tensorway.cli.adapt import adapt
+    from tensorway.cli.certs import certs_app
+    from tensorway.cli.connection import take
     from tensorway.cli.doctor import doctor
     from tensorway.cli.explain import explain
     from tensorway.cli.generate import generate
@@ -74,6 +76,7 @@ def _register_commands() -> None:
     from tensorway.cli.models import models_app
     from tensorway.cli.plan import plan
 
+    app.callback()(take)
     app.command()(infer)
     app.command()(generate)
     app.command()(explain)
@@ -81,6 +84,7 @@ def _register_commands() -> None:
     app.command()(plan)
     app.command()(adapt)
     app.add_typer(models_app, name="models")
+    app.add_typer(certs_app, name="certs")
 
 
 def main() -> None:

@@ -113,11 +113,12 @@ async def _check_members(members: dict[str, tuple[Registration, ...]]) -> list[F
 
 
 async def _check_member(member: Registration) -> Finding:
+    from tensorway.cli.connection import given
     from tensorway.transport import check_health
 
     subject = f"{member.kind} {member.id}"
     try:
-        status = await check_health(member.endpoint, "", _TIMEOUT_S)
+        status = await check_health(member.endpoint, "", _TIMEOUT_S, given().member_tls(member.kind))
     except TensorwayError as error:
         return Finding(subject, False, f"{member.endpoint}: {error}", "is the process alive, and can this machine reach its endpoint?")
     if status == "SERVING":
@@ -127,9 +128,9 @@ async def _check_member(member: Registration) -> Finding:
 
 
 async def _check_models(endpoint: str) -> list[Finding]:
-    from tensorway.client import AsyncClient
+    from tensorway.cli.connection import connect_async
 
-    async with AsyncClient(endpoint, timeout_s=_TIMEOUT_S, retries=0) as client:
+    async with connect_async(endpoint, timeout_s=_TIMEOUT_S, retries=0) as client:
         try:
             models = await client.models()
         except TensorwayError as error:

@@ -53,11 +53,11 @@ def explain(
     Green speaks for the score, red against it; the stronger the colour, the more. The integrated gradients of a row add up to its score
     minus the score of an empty input; `gap` tells by how much they miss it.
     """
+    from tensorway.cli.connection import connect
     from tensorway.cli.infer import read_inputs
-    from tensorway.client import Client
     from tensorway.explaining import Explain
 
-    with Client(endpoint, timeout_s=timeout_s) as client:
+    with connect(endpoint, timeout_s=timeout_s) as client:
         description = client.model(model)
         tensors = read_inputs(description.inputs, inputs or (), text or ())
         wish = Explain(

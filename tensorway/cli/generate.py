@@ -75,9 +75,9 @@ def _run(
     model: str, question: str, system: str, raw: bool, options: GenerateOptions, endpoint: str, timeout_s: float, as_json: bool
 ) -> int:
     """Answers once, or until the conversation ends; returns the exit status."""
-    from tensorway.client import Client
+    from tensorway.cli.connection import connect
 
-    with Client(endpoint, timeout_s=timeout_s) as client:
+    with connect(endpoint, timeout_s=timeout_s) as client:
         if not question:
             from tensorway.cli.chat import Chat
 

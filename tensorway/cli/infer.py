@@ -38,9 +38,9 @@ def infer(
 
     An array:   `tensorway infer silero-vad --input audio=@audio.npy --output speech_probability`
     """
-    from tensorway.client import Client
+    from tensorway.cli.connection import connect
 
-    with Client(endpoint, timeout_s=timeout_s) as client:
+    with connect(endpoint, timeout_s=timeout_s) as client:
         description = client.model(model)
         tensors = read_inputs(description.inputs, inputs or (), text or ())
         result = client.infer(

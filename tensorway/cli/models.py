@@ -37,9 +37,9 @@ def list_models(endpoint: Endpoint = _DEFAULT_ENDPOINT) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tensorway.client import Client
+    from tensorway.cli.connection import connect
 
-    with Client(endpoint) as client:
+    with connect(endpoint) as client:
         found = client.models()
     table = Table()
     for column in ("model", "revision", "state", "replicas", "inputs → outputs", "reason"):
@@ -66,9 +66,9 @@ def show_model(
     from rich.table import Table
     from rich.text import Text
 
-    from tensorway.client import Client
+    from tensorway.cli.connection import connect
 
-    with Client(endpoint) as client:
+    with connect(endpoint) as client:
         model = client.model(name)
     table = Table(show_header=False)
     table.add_column()
@@ -91,9 +91,9 @@ def scale_model(
     from rich.console import Console
     from rich.text import Text
 
-    from tensorway.client import Client
+    from tensorway.cli.connection import connect
 
-    with Client(endpoint) as client:
+    with connect(endpoint) as client:
         model = client.scale(name, replicas)
     are = f"{model.num_replicas} replica{'' if model.num_replicas == 1 else 's'}"
     Console().print(Text(f"{model.name}: {are} wanted, {model.num_ready_replicas} serving now"))
@@ -111,11 +111,11 @@ def show_load(
     """
     from rich.console import Console
 
+    from tensorway.cli.connection import connect
     from tensorway.cli.load_table import load_table, watch_loads
-    from tensorway.client import Client
 
     console = Console()
-    with Client(endpoint) as client:
+    with connect(endpoint) as client:
         if watch:
             watch_loads(client, name, console)
         else:

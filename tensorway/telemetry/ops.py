@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable
 
 from aiohttp import web
@@ -17,7 +18,8 @@ Readiness = Callable[[], str | None]
 class OpsServer:
     """Serves the ops port; `endpoint` is the bound one after `start`."""
 
-    def __init__(self, listen: str, readiness: Readiness, metrics: CollectorRegistry) -> None:
+    def __init__(self, listen: str, readiness: Readiness, metrics: CollectorRegistry, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self._listen = listen
         self._readiness = readiness
         self._metrics = metrics
@@ -36,7 +38,7 @@ class OpsServer:
         await self._runner.setup()
         host, _, port = self._listen.rpartition(":")
         try:
-            await web.TCPSite(self._runner, host.strip("[]") or None, int(port)).start()
+            await web.TCPSite(self._runner, host.strip("[]") or None, int(port), ssl_context=self._tls).start()
         except (OSError, ValueError) as error:
             await self._runner.cleanup()
             raise Unavailable(f"ops_listen {self._listen!r} cannot be bound: {error}", field="ops_listen") from error

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 from tensorway.errors import FailedPrecondition
+from tensorway.tls import ChannelTls
 from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES, LinkClient, Server, ServerOptions
 
 # Core prints to standard error, past every logging setting, what this package raises or logs anyway. Set the variable to hear it.
@@ -88,10 +89,11 @@ def create_link_client(
     on_change: Callable[[], None] | None = None,
     *,
     may_be_local: bool = True,
+    tls: ChannelTls | None = None,
 ) -> LinkClient:
     """A link to the service at `endpoint`; it connects once its `run` runs: over a local socket where that is allowed and the service is on
     this machine and listens for one, otherwise over gRPC. One payload may be `max_message_bytes` long. `on_change` is called in the loop
-    whenever `is_connected` may have changed; it must not raise."""
+    whenever `is_connected` may have changed; it must not raise. `tls` None: in the clear."""
     from tensorway.transport.aio_wire import AioWire
     from tensorway.transport.link_client import StreamLinkClient
     from tensorway.transport.link_wire import Wire
@@ -100,6 +102,6 @@ def create_link_client(
 
     def new_wire(endpoint: str, max_message_bytes: int) -> Wire:
         connection = connect_local(endpoint) if may_be_local else None
-        return AioWire(endpoint, max_message_bytes) if connection is None else LocalWire(connection, endpoint, max_message_bytes)
+        return AioWire(endpoint, max_message_bytes, tls) if connection is None else LocalWire(connection, endpoint, max_message_bytes)
 
     return StreamLinkClient(endpoint, max_message_bytes, new_wire, on_change)

@@ -10,6 +10,7 @@ import grpc
 
 from tensorway.deadline import Deadline
 from tensorway.transport.callbacks import call_guarded
+from tensorway.transport.credentials import peer_names
 from tensorway.transport.listening import gone, too_large
 from tensorway.transport.port import ServerOptions
 
@@ -48,6 +49,10 @@ class AioCall:
     def peer(self) -> str:
         peer: str = self.context.peer()
         return peer
+
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        return peer_names(self.context.auth_context())
 
     async def read(self) -> bytes | None:
         """The next message; None after the client's last."""

@@ -11,6 +11,7 @@ import grpc
 
 from tensorway.errors import FailedPrecondition, InternalError, TensorwayError
 from tensorway.transport.aio_call import AioCall, AioStream
+from tensorway.transport.credentials import server_credentials
 from tensorway.transport.listening import (
     UNWIND_S,
     Routes,
@@ -39,7 +40,7 @@ class AioServer:
 
     def __init__(self, options: ServerOptions) -> None:
         self.options: Final = options
-        self.routes: Final = Routes()
+        self.routes: Final = Routes(options.tls)
         self._server: Any = None
         self._running: set[AioCall] = set()
         self._was_started = False
@@ -67,7 +68,10 @@ class AioServer:
         server = grpc.aio.server(options=server_arguments(self.options))
         server.add_generic_rpc_handlers((_Handlers(self),))
         try:
-            port = server.add_insecure_port(endpoint)
+            if self.options.tls is None:
+                port = server.add_insecure_port(endpoint)
+            else:
+                port = server.add_secure_port(endpoint, server_credentials(self.options.tls))
         except RuntimeError as error:
             await server.stop(None)
             raise cannot_bind(endpoint, "it is in use, not permitted, or not an address of this machine") from error

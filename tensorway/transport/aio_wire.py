@@ -8,6 +8,8 @@ from typing import Any
 import grpc
 
 from tensorway.errors import Unavailable
+from tensorway.tls import ChannelTls
+from tensorway.transport.credentials import aio_channel
 from tensorway.transport.link_wire import OPEN, WireEvents, wire_arguments
 from tensorway.transport.rich_status import decode_error
 
@@ -15,7 +17,8 @@ from tensorway.transport.rich_status import decode_error
 class AioWire:
     """See `tensorway.transport.link_wire.Wire`."""
 
-    def __init__(self, endpoint: str, max_message_bytes: int) -> None:
+    def __init__(self, endpoint: str, max_message_bytes: int, tls: ChannelTls | None = None) -> None:
+        self._tls = tls
         self._endpoint = endpoint
         self._max_message_bytes = max_message_bytes
         self._message: bytes | None = None
@@ -23,7 +26,7 @@ class AioWire:
 
     async def run(self, events: WireEvents) -> None:
         """See the port."""
-        channel = grpc.aio.insecure_channel(self._endpoint, options=wire_arguments(self._max_message_bytes))
+        channel = aio_channel(self._endpoint, self._tls, wire_arguments(self._max_message_bytes))
         call: Any = channel.stream_stream(OPEN)()
         writer = asyncio.ensure_future(self._write(call, events))
         try:

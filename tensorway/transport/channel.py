@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from tensorway.errors import NotFound, TensorwayError, Unavailable
+from tensorway.tls import ChannelTls
+from tensorway.transport.credentials import aio_channel, blocking_channel
 from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES
 from tensorway.transport.rich_status import decode_error
 
@@ -106,26 +108,66 @@ class BlockingStream:
         self._call.cancel()
 
 
+_Make = Callable[[str, ChannelTls | None, Any], Any]
+
+
+class _Connection:
+    """grpc's channel, and a new one once the certificates have changed, for a channel keeps those it was made with.
+
+    What runs on the old one goes on until the certificates change again: then it is `retired`, and its owner closes it.
+    """
+
+    def __init__(self, make: _Make, endpoint: str, options: Sequence[tuple[str, int]], tls: ChannelTls | None) -> None:
+        self._make: Callable[[], Any] = lambda: make(endpoint, tls, options)
+        self._tls = tls
+        self._version = 0 if tls is None else tls.files.material().version
+        self._channels: list[Any] = [self._make()]
+        self._methods: dict[str, Any] = {}
+        self.retired: list[Any] = []
+
+    def current(self) -> Any:
+        if self._tls is not None and (version := self._tls.files.material().version) != self._version:
+            self._version = version
+            self._methods = {}
+            self._channels.append(self._make())
+            self.retired += self._channels[:-2]
+            del self._channels[:-2]
+        return self._channels[-1]
+
+    def unary(self, method: str) -> Any:
+        """What calls `method`; made once."""
+        channel = self.current()
+        call = self._methods.get(method)
+        if call is None:
+            call = self._methods[method] = channel.unary_unary(method)
+        return call
+
+    def take_all(self) -> list[Any]:
+        """Every channel, for its owner to close."""
+        channels, self._channels, self.retired = [*self.retired, *self._channels], self._channels[-1:], []
+        return channels
+
+
 class AsyncChannel:
     """RPCs to one endpoint (`host:port` or `unix:path`). Connects on first use, and again after a lost connection. Close it when done."""
 
     def __init__(
-        self, endpoint: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, metadata: Metadata = (), is_one_of_many: bool = False
+        self, endpoint: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, metadata: Metadata = (), is_one_of_many: bool = False,
+        tls: ChannelTls | None = None,
     ) -> None:
-        """`is_one_of_many`: another endpoint can be asked, so that a silent one is given up within two seconds."""
+        """`is_one_of_many`: another endpoint can be asked, so that a silent one is given up within two seconds. `tls` None: in the
+        clear."""
         self.endpoint = endpoint
         self._metadata = tuple(metadata)
-        self._channel: Any = grpc.aio.insecure_channel(endpoint, options=_arguments(max_message_bytes, is_one_of_many))
-        self._methods: dict[str, Any] = {}
+        self._connection = _Connection(aio_channel, endpoint, _arguments(max_message_bytes, is_one_of_many), tls)
 
     async def unary(self, method: str, request: bytes, timeout_s: float | None, metadata: Metadata = ()) -> UnaryReply:
         """Calls `method` (full name) with a serialised request; `timeout_s` None sets no deadline. Raises the server's error as a
         TensorwayError, and Unavailable or DeadlineExceeded where it did not answer."""
-        call = self._methods.get(method)
-        if call is None:
-            call = self._methods[method] = self._channel.unary_unary(method)
+        if self._connection.retired:
+            await self._connection.retired.pop().close()
         try:
-            pending = call(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
+            pending = self._connection.unary(method)(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
             response = await pending
             return UnaryReply(response, dict(await pending.trailing_metadata()))
         except grpc.aio.AioRpcError as error:
@@ -134,37 +176,37 @@ class AsyncChannel:
     def server_stream(self, method: str, request: bytes, timeout_s: float | None, metadata: Metadata = ()) -> ReplyStream:
         """Begins an RPC with one request and many replies; `timeout_s` None sets no deadline. Never raises: the first `read` says what is
         wrong."""
-        call = self._channel.unary_stream(method)(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
+        call = self._connection.current().unary_stream(method)(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
         return ReplyStream(self.endpoint, call)
 
     def stream(self, method: str, metadata: Metadata = ()) -> ClientStream:
         """Begins a bidirectional streaming RPC without a deadline. Never raises: the first `read` or `write` says what is wrong."""
-        return ClientStream(self.endpoint, self._channel.stream_stream(method)(metadata=(*self._metadata, *metadata)))
+        return ClientStream(self.endpoint, self._connection.current().stream_stream(method)(metadata=(*self._metadata, *metadata)))
 
     async def close(self) -> None:
         """Cancels what is in flight and closes the connection."""
-        await self._channel.close()
+        for channel in self._connection.take_all():
+            await channel.close()
 
 
 class BlockingChannel:
     """`AsyncChannel` for code without a loop; safe to share between threads."""
 
     def __init__(
-        self, endpoint: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, metadata: Metadata = (), is_one_of_many: bool = False
+        self, endpoint: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, metadata: Metadata = (), is_one_of_many: bool = False,
+        tls: ChannelTls | None = None,
     ) -> None:
-        """`is_one_of_many`: another endpoint can be asked, so that a silent one is given up within two seconds."""
+        """See `AsyncChannel`."""
         self.endpoint = endpoint
         self._metadata = tuple(metadata)
-        self._channel: Any = grpc.insecure_channel(endpoint, options=_arguments(max_message_bytes, is_one_of_many))
-        self._methods: dict[str, Any] = {}
+        self._connection = _Connection(blocking_channel, endpoint, _arguments(max_message_bytes, is_one_of_many), tls)
 
     def unary(self, method: str, request: bytes, timeout_s: float | None, metadata: Metadata = ()) -> UnaryReply:
         """See `AsyncChannel.unary`; blocks the calling thread."""
-        call = self._methods.get(method)
-        if call is None:
-            call = self._methods[method] = self._channel.unary_unary(method)
+        if self._connection.retired:
+            self._connection.retired.pop().close()
         try:
-            response, ended = call.with_call(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
+            response, ended = self._connection.unary(method).with_call(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
         except grpc.RpcError as error:
             ended = error
             raise _error_of(self.endpoint, ended.code(), ended.details(), ended.trailing_metadata()) from error
@@ -172,18 +214,19 @@ class BlockingChannel:
 
     def server_stream(self, method: str, request: bytes, timeout_s: float | None, metadata: Metadata = ()) -> BlockingStream:
         """See `AsyncChannel.server_stream`."""
-        call = self._channel.unary_stream(method)(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
+        call = self._connection.current().unary_stream(method)(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
         return BlockingStream(self.endpoint, call)
 
     def close(self) -> None:
         """Cancels what is in flight and closes the connection."""
-        self._channel.close()
+        for channel in self._connection.take_all():
+            channel.close()
 
 
-async def check_health(endpoint: str, service: str, timeout_s: float) -> str:
+async def check_health(endpoint: str, service: str, timeout_s: float, tls: ChannelTls | None = None) -> str:
     """What grpc.health.v1 says of `service` ("" is the whole server): SERVING, NOT_SERVING, UNKNOWN, or SERVICE_UNKNOWN where the server
     does not know the name. Raises Unavailable or DeadlineExceeded where nobody answers."""
-    channel = AsyncChannel(endpoint)
+    channel = AsyncChannel(endpoint, tls=tls)
     try:
         reply = await channel.unary(_CHECK, HealthCheckRequest(service=service).SerializeToString(), timeout_s)
     except NotFound:

@@ -15,6 +15,7 @@ from grpc._cython import cygrpc
 
 from tensorway.errors import FailedPrecondition
 from tensorway.transport.completion_queue import CompletionQueuePoller, Rest
+from tensorway.transport.credentials import core_server_credentials
 from tensorway.transport.listening import UNWIND_S, Routes, bound_endpoint, cannot_bind, check_free, server_arguments
 from tensorway.transport.port import ServerOptions, StreamHandler, UnaryHandler
 from tensorway.transport.server_call import ServerCall, UnaryCall, reject
@@ -33,7 +34,7 @@ class CompletionQueueServer:
         self.options: Final = options
         self.running: Final[set[ServerCall]] = set()
         self.loop: asyncio.AbstractEventLoop
-        self._routes = Routes()
+        self._routes = Routes(options.tls)
         # The same by method name as core spells it; filled at start.
         self._unary: dict[bytes, UnaryHandler] = {}
         self._streams: dict[bytes, StreamHandler] = {}
@@ -78,7 +79,8 @@ class CompletionQueueServer:
         poller = CompletionQueuePoller("tensorway-server")
         server = cygrpc.Server(server_arguments(self.options), False)
         server.register_completion_queue(poller.queue)
-        port = server.add_http2_port(endpoint.encode())
+        tls = self.options.tls
+        port = server.add_http2_port(endpoint.encode(), *(() if tls is None else (core_server_credentials(tls),)))
         if port == 0:
             server.destroy()
             await poller.stop()

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tensorway.errors import Cancelled, FailedPrecondition, InvalidRequest, MessageTooLarge, Overloaded, Unavailable, Unimplemented
-from tensorway.transport.port import ServerOptions, StreamHandler, UnaryHandler
+from tensorway.tls import ServerTls
+from tensorway.transport.port import Call, ServerOptions, Stream, StreamHandler, UnaryHandler
 
 #: A full server says to come back after this.
 RETRY_AFTER_S: Final = 0.1
@@ -21,18 +22,19 @@ _UNIX: Final = "unix:"
 
 @dataclass(slots=True)
 class Routes:
-    """Handlers by full method name. A method has one handler."""
+    """Handlers by full method name. A method has one handler. Where `tls` says who may call what, they see no other caller."""
 
+    tls: ServerTls | None = None
     unary: dict[str, UnaryHandler] = field(default_factory=dict)
     streams: dict[str, StreamHandler] = field(default_factory=dict)
 
     def add_unary(self, method: str, handler: UnaryHandler) -> None:
         self._check_new(method)
-        self.unary[method] = handler
+        self.unary[method] = handler if self.tls is None or self.tls.callers is None else _guard_unary(self.tls, handler)
 
     def add_stream(self, method: str, handler: StreamHandler) -> None:
         self._check_new(method)
-        self.streams[method] = handler
+        self.streams[method] = handler if self.tls is None or self.tls.callers is None else _guard_stream(self.tls, handler)
 
     def unknown(self, method: str) -> Unimplemented:
         """What a caller of a method without a handler reads."""
@@ -46,6 +48,22 @@ class Routes:
             raise FailedPrecondition(f"{method!r} is not a full method name such as /package.Service/Method", field="method")
         if method in self.unary or method in self.streams:
             raise FailedPrecondition(f"{method} already has a handler", field="method")
+
+
+def _guard_unary(tls: ServerTls, handler: UnaryHandler) -> UnaryHandler:
+    async def guarded(request: bytes, call: Call) -> bytes:
+        tls.check(call.method, call.peer_names)
+        return await handler(request, call)
+
+    return guarded
+
+
+def _guard_stream(tls: ServerTls, handler: StreamHandler) -> StreamHandler:
+    async def guarded(stream: Stream) -> None:
+        tls.check(stream.method, stream.peer_names)
+        await handler(stream)
+
+    return guarded
 
 
 def server_arguments(options: ServerOptions) -> tuple[tuple[str, int], ...]:

@@ -66,6 +66,8 @@ class LocalStream(MessageProtocol):
     metadata: Mapping[str, str | bytes] = {}
     deadline: Deadline | None = None
     peer: Final = "local"
+    #: A local link needs no certificate: it is of the same user, who could read this process's key.
+    peer_names: tuple[str, ...] = ()
 
     def __init__(self, max_message_bytes: int, on_accepted: Callable[[LocalStream], None]) -> None:
         super().__init__(max_message_bytes)

@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from tensorway.deadline import Deadline
 from tensorway.errors import TensorwayError
 from tensorway.tensors import Buffer
+from tensorway.tls import ServerTls
 
 DEFAULT_MAX_MESSAGE_BYTES: Final = 256 * 1024 * 1024
 
@@ -41,6 +42,10 @@ class Call(Protocol):
     @property
     def peer(self) -> str:
         """Where the client is, as grpc writes it."""
+
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        """DNS, URI and IP names of the client's certificate, where it showed one that was verified; otherwise ()."""
 
     def set_trailers(self, trailers: Sequence[tuple[str, str | bytes]]) -> None:
         """Trailing metadata to send with the status, whether OK or an error."""
@@ -98,6 +103,8 @@ class ServerOptions:
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     #: Most RPCs at once before RESOURCE_EXHAUSTED; 0 for no limit.
     max_concurrent_rpcs: int = 0
+    #: None: in the clear.
+    tls: ServerTls | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ MAX_SENTENCE_BYTES: Final = 1536
 #: grpc core refuses an over-large message by itself, with no details: nothing but its sentence tells that apart from a server that is full.
 _CORE_TOO_LARGE: Final = "message larger than max"
 
-#: How grpc says that this side ended the RPC; any other CANCELLED without details is core's, which ends so what reached a server that stops.
+#: How grpc says that this side ended the RPC. Any other CANCELLED without details is core's, which ends so what meets a server's stop.
 _ENDED_HERE: Final = ("Locally cancelled", "Channel closed")
 
 _US_PER_S: Final = 1_000_000

@@ -18,6 +18,7 @@ from tensorway.deadline import Deadline
 from tensorway.errors import InternalError, TensorwayError
 from tensorway.transport.callbacks import call_guarded
 from tensorway.transport.completion_queue import Rest, forget
+from tensorway.transport.credentials import core_peer_names
 from tensorway.transport.listening import full, is_full, no_request, stopped, too_large
 from tensorway.transport.port import ServerOptions, UnaryHandler
 from tensorway.transport.rich_status import DETAILS_TRAILER, encode_error
@@ -103,6 +104,10 @@ class ServerCall:
     def peer(self) -> str:
         peer: bytes = self._call.peer()
         return peer.decode("utf-8", "replace")
+
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        return core_peer_names(self._call)
 
     def set_trailers(self, trailers: Sequence[tuple[str, str | bytes]]) -> None:
         self._trailers = tuple(trailers)

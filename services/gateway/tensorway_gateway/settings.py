@@ -13,6 +13,9 @@ class GatewaySettings(ServiceSettings):
 
     listen: str = Field("0.0.0.0:8001", description="gRPC endpoint to bind: host:port (port 0 takes a free one) or unix:path.")
     ops_listen: str = Field("0.0.0.0:8002", description="HTTP endpoint for /healthz, /readyz and /metrics; `off` for none.")
+    public_cert: str = Field("", description="PEM file with the certificate that clients see; default: tls_cert.")
+    public_key: str = Field("", description="PEM file with the private key of public_cert.")
+    client_ca: str = Field("", description="PEM file with authorities; clients must show a certificate of one. Empty: none is asked for.")
     max_in_flight_requests: int = Field(4096, ge=1, description="Most requests at once before RESOURCE_EXHAUSTED.")
     max_in_flight_bytes: int = Field(2 * 1024**3, ge=1, description="Most tensor bytes at once before RESOURCE_EXHAUSTED.")
     max_timeout_s: float = Field(MAX_TIMEOUT_S, gt=0, le=MAX_TIMEOUT_S, description="Longest deadline of a request; a longer one is cut.")

@@ -11,6 +11,7 @@ from typing import Final
 from tensorway.deadline import Deadline
 from tensorway.errors import DeadlineExceeded, TensorwayError, Unavailable
 from tensorway.registry.port import ORCHESTRATOR, Registration, Registry
+from tensorway.tls import MeshTls
 from tensorway.transport import create_link_client
 from tensorway.transport.port import LinkClient, Payload, Reply
 from tensorway_gateway.choice import choose, order
@@ -73,8 +74,10 @@ class Upstream:
     """All orchestrators. `on_change` is called in the loop when one connects, breaks, comes or goes."""
 
     def __init__(
-        self, registry: Registry, max_message_bytes: int, wait_s: float, on_change: Callable[[], None], local_links: bool = True
+        self, registry: Registry, max_message_bytes: int, wait_s: float, on_change: Callable[[], None], local_links: bool = True,
+        tls: MeshTls | None = None,
     ) -> None:
+        self._tls = None if tls is None else tls.dial(ORCHESTRATOR)
         self._registry = registry
         self._max_message_bytes = max_message_bytes
         self._wait_s = wait_s
@@ -184,7 +187,9 @@ class Upstream:
 
     async def _keep(self, name: str, registration: Registration, stop: asyncio.Event) -> None:
         """One orchestrator from its registration to its end. A draining one first answers what it was sent."""
-        link = create_link_client(registration.endpoint, self._max_message_bytes, self._changed, may_be_local=self._local_links)
+        link = create_link_client(
+            registration.endpoint, self._max_message_bytes, self._changed, may_be_local=self._local_links, tls=self._tls
+        )
         orchestrator = Orchestrator(name, link)
         orchestrator.has_idled.set()
         self._orchestrators[name] = orchestrator

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tensorway.errors import InternalError
 from tensorway.registry.port import GROUP, Registration, Registry
+from tensorway.tls import MeshTls
 from tensorway.transport import create_link_client
 from tensorway.transport.port import LinkClient
 from tensorway_orchestrator.group_record import GroupRecord, SentBatch
@@ -99,7 +100,10 @@ GroupListener = Callable[[Group, bool], None]
 class GroupPool:
     """Keeps one link to every registered group. `on_change(group, is_gone)` is called in the loop."""
 
-    def __init__(self, registry: Registry, max_message_bytes: int, on_change: GroupListener, local_links: bool = True) -> None:
+    def __init__(
+        self, registry: Registry, max_message_bytes: int, on_change: GroupListener, local_links: bool = True, tls: MeshTls | None = None
+    ) -> None:
+        self._tls = None if tls is None else tls.dial(GROUP)
         self._registry = registry
         self._max_message_bytes = max_message_bytes
         self._on_change = on_change
@@ -128,7 +132,7 @@ class GroupPool:
         def notice() -> None:
             self._on_change(group, False)
 
-        link = create_link_client(registration.endpoint, self._max_message_bytes, notice, may_be_local=self._local_links)
+        link = create_link_client(registration.endpoint, self._max_message_bytes, notice, may_be_local=self._local_links, tls=self._tls)
         metadata = registration.metadata
         group = Group(
             identity, registration.id, metadata["model"], metadata["revision"], int(metadata["epoch"]), metadata.get("node", ""),

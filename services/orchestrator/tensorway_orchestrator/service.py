@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from tensorway.deadline import Deadline
-from tensorway.registry.port import ORCHESTRATOR, Registration
+from tensorway.registry.port import GATEWAY, ORCHESTRATOR, Registration
 from tensorway.service import ServiceContext
+from tensorway.tls import OPEN_TO_MEMBERS, OPERATOR, MeshTls, ServerTls
 from tensorway.transport import LinkServer
 from tensorway_orchestrator.dispatcher import Dispatcher
 from tensorway_orchestrator.load_board import LoadBoard
@@ -17,6 +18,10 @@ from tensorway_orchestrator.scaler import Scaler
 from tensorway_orchestrator.servicer import InferenceServicer
 from tensorway_orchestrator.settings import OrchestratorSettings
 
+#: Who may call what, where the mesh has certificates.
+_CALLERS: Final = {
+    "tensorway.v1.LinkService": frozenset({GATEWAY}), "tensorway.v1.InferenceService": frozenset({OPERATOR}), **OPEN_TO_MEMBERS,
+}
 _NO_GROUP: Final = "no live worker group is connected"
 
 
@@ -33,6 +38,9 @@ class Orchestrator:
         self._dispatcher: Dispatcher | None = None
         self._links: LinkServer | None = None
 
+    def server_tls(self, tls: MeshTls | None) -> ServerTls | None:
+        return None if tls is None else tls.serve(_CALLERS)
+
     async def start(self, context: ServiceContext) -> None:
         self._context = context
         metrics = OrchestratorMetrics(context.metrics)
@@ -41,7 +49,9 @@ class Orchestrator:
         self._links = LinkServer(dispatcher.on_exchange, self._settings.max_message_bytes)
         self._links.attach(context.server)
         InferenceServicer(dispatcher).attach(context.server)
-        self._pool = GroupPool(context.registry, self._settings.max_message_bytes, self._group_changed, self._settings.local_links)
+        self._pool = GroupPool(
+            context.registry, self._settings.max_message_bytes, self._group_changed, self._settings.local_links, self._settings.mesh_tls
+        )
         board = LoadBoard(
             context.id, context.registry, dispatcher.loads, dispatcher.called, lambda loads: metrics.loads(loads, dispatcher.wanted)
         )

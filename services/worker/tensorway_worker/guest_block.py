@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tensorway.errors import TensorwayError, Unavailable
+from tensorway.tls import ChannelTls
 from tensorway.transport import AsyncChannel, ClientStream
 from tensorway.v1 import node_pb2
 from tensorway_worker.guest_wire import RUN_RANKS, orders_message
@@ -30,6 +31,7 @@ class GuestBlock:
 
     partner: Partner
     orders: BlockOrders
+    tls: ChannelTls | None = None
     _channel: AsyncChannel | None = None
     _stream: ClientStream | None = None
     #: Messages to the host, in order. Unbounded, but the store's answers are bounded by what its ranks ask.
@@ -44,7 +46,7 @@ class GuestBlock:
         return self.orders.ranks
 
     async def start(self) -> tuple[StartedRank, ...]:
-        self._channel = AsyncChannel(self.partner.endpoint)
+        self._channel = AsyncChannel(self.partner.endpoint, tls=self.tls)
         self._stream = self._channel.stream(RUN_RANKS)
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):

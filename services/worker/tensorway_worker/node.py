@@ -14,9 +14,10 @@ from tensorway.deadline import Deadline
 from tensorway.errors import FailedPrecondition
 from tensorway.model_directory import ModelDirectory, find_directories
 from tensorway.registry.patience import patiently
-from tensorway.registry.port import DESIRED, NODE, Registration, Registry
+from tensorway.registry.port import DESIRED, GATEWAY, NODE, Registration, Registry
 from tensorway.revisions import encode_revision, revision_key
 from tensorway.service import ServiceContext
+from tensorway.tls import OPEN_TO_MEMBERS, OPERATOR, WORKER, MeshTls, ServerTls
 from tensorway_worker.adaptation import AdaptationHost
 from tensorway_worker.devices import DevicePool, cuda_devices
 from tensorway_worker.guest_host import GuestHost
@@ -26,6 +27,11 @@ from tensorway_worker.settings import NodeSettings
 from tensorway_worker.wish import first_wish
 
 _LOG = logging.getLogger(__name__)
+#: Who may call what, where the mesh has certificates: ranks for another node's group are started by nodes alone.
+_CALLERS: Final = {
+    "tensorway.v1.NodeService": frozenset({OPERATOR, WORKER, GATEWAY}), "tensorway.v1.NodeService/RunRanks": frozenset({WORKER}),
+    "tensorway.v1.NodeService/AdaptModel": frozenset({OPERATOR}), **OPEN_TO_MEMBERS,
+}
 #: What is kept of the grace period, seconds or share, for what runs when others have taken over, or have not.
 _KEPT_S: Final = 5.0
 _KEPT_SHARE: Final = 0.3
@@ -44,6 +50,9 @@ class Node:
         self._keeping: asyncio.Task[None] | None = None
         self._guests: GuestHost | None = None
         self._adaptations: AdaptationHost | None = None
+
+    def server_tls(self, tls: MeshTls | None) -> ServerTls | None:
+        return None if tls is None else tls.serve(_CALLERS)
 
     async def start(self, context: ServiceContext) -> None:
         directories = await asyncio.to_thread(offered_directories, self._settings)

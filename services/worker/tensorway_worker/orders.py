@@ -76,6 +76,7 @@ def _launch(
         heartbeat_s=orders.heartbeat_s, grace_s=orders.grace_s, log_level=settings.log_level, log_format=settings.log_format,
         local_links=settings.local_links, secret=orders.secret,
         interface=settings.rank_interface if orders.is_spread else _LOOPBACK,
+        tls=(settings.tls_cert, settings.tls_key, settings.tls_ca, settings.tls_domain),
         verify=orders.verify, local_rank=local_rank, local_world_size=orders.num_ranks,
     )
 

@@ -16,6 +16,7 @@ from typing import Final
 
 from tensorway.errors import TensorwayError, Unavailable
 from tensorway.model_directory import ModelDirectory
+from tensorway.registry.port import NODE
 from tensorway_worker.devices import DevicePool
 from tensorway_worker.epoch import Bounds, Epoch, RankFailure
 from tensorway_worker.group_report import GroupReport
@@ -126,7 +127,8 @@ class GroupSupervisor:
             for first_rank in range(0, parallel.world_size, size)
         ]
         own = LocalBlock(self.node, launches(orders[0], self.directory, settings, self.node, acquired), acquired)
-        guests = (GuestBlock(partner, order) for partner, order in zip(partners, orders[1:], strict=True))
+        tls = None if settings.mesh_tls is None else settings.mesh_tls.dial(NODE)
+        guests = (GuestBlock(partner, order, tls) for partner, order in zip(partners, orders[1:], strict=True))
         return (own, *guests)
 
     def _chosen_partners(self, number: int) -> tuple[Partner, ...]:

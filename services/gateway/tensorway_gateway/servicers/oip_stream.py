@@ -78,6 +78,10 @@ class _Part:
     def peer(self) -> str:
         return self._stream.peer
 
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        return self._stream.peer_names
+
     def set_trailers(self, trailers: Sequence[tuple[str, str | bytes]]) -> None:
         """A stream's trailers would be those of its last request."""
 

@@ -11,8 +11,9 @@ from tensorway.deadline import Deadline
 from tensorway.endpoints import dialable
 from tensorway.registry import open_registry
 from tensorway.registry.patience import patiently, released
-from tensorway.registry.port import GROUP, Lease, Registration
+from tensorway.registry.port import GROUP, ORCHESTRATOR, Lease, Registration
 from tensorway.signature import RevisionSpec
+from tensorway.tls import OPEN_TO_MEMBERS, OPERATOR, open_mesh_tls
 from tensorway.transport import HealthService, LinkServer, add_reflection, create_server
 from tensorway.transport.port import Exchange, Server, ServerOptions
 from tensorway_worker.rank.launch import RankLaunch
@@ -22,6 +23,10 @@ _LOG = logging.getLogger(__name__)
 INFERENCE_SERVICE: Final = "tensorway.v1.InferenceService"
 LINK_SERVICE: Final = "tensorway.v1.LinkService"
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
+
+
+#: Who may call what, where the mesh has certificates.
+_CALLERS: Final = {LINK_SERVICE: frozenset({ORCHESTRATOR}), INFERENCE_SERVICE: frozenset({OPERATOR}), **OPEN_TO_MEMBERS}
 
 
 class Service(Protocol):
@@ -50,7 +55,10 @@ class Endpoint:
         self._launch = launch
         self._spec = spec
         self._service = service
-        self._server = create_server(ServerOptions(launch.listen, launch.transport, launch.max_message_bytes))
+        tls = open_mesh_tls(*launch.tls)
+        self._server = create_server(
+            ServerOptions(launch.listen, launch.transport, launch.max_message_bytes, tls=None if tls is None else tls.serve(_CALLERS))
+        )
         self._links = LinkServer(service.on_exchange, launch.max_message_bytes)
         self._links.attach(self._server)
         service.attach(self._server)

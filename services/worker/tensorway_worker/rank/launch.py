@@ -14,6 +14,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Final
 
+from tensorway.tls import DEFAULT_DOMAIN
+
 STATUS_FD_VARIABLE: Final = "TENSORWAY_STATUS_FD"
 STORE_FD_VARIABLE: Final = "TENSORWAY_STORE_FD"
 
@@ -76,13 +78,16 @@ class RankLaunch:
     adapt: str = ""
     #: Where the node runs; see the setting `zone`.
     zone: str = ""
+    #: Certificate, key, authority and domain, as `tensorway.tls.open_mesh_tls` takes them; all empty: in the clear.
+    tls: tuple[str, str, str, str] = ("", "", "", DEFAULT_DOMAIN)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> RankLaunch:
-        return cls(**json.loads(line))
+        fields = json.loads(line)
+        return cls(**{**fields, "tls": tuple(fields["tls"])})
 
 
 @dataclass(frozen=True, slots=True)
