@@ -30,9 +30,11 @@ OPERATOR: Final = "operator"
 ROLE_OF_KIND: Final = {GATEWAY: GATEWAY, ORCHESTRATOR: ORCHESTRATOR, NODE: WORKER, GROUP: WORKER}
 ROLES: Final = (GATEWAY, ORCHESTRATOR, WORKER, OPERATOR)
 
+#: Whoever shows a certificate that is trusted: Consul's agent has one of its own.
+ANYBODY: Final = frozenset({"*"})
 #: What every member answers to every other: health and reflection; and the operator's own, which gateways pass on. By service name.
 OPEN_TO_MEMBERS: Final = {
-    "grpc.health.v1.Health": frozenset(ROLES), "grpc.reflection.v1alpha.ServerReflection": frozenset(ROLES),
+    "grpc.health.v1.Health": ANYBODY, "grpc.reflection.v1alpha.ServerReflection": frozenset(ROLES),
     "grpc.reflection.v1.ServerReflection": frozenset(ROLES), "tensorway.v1.OpsService": frozenset({GATEWAY, OPERATOR}),
 }
 
@@ -130,11 +132,18 @@ class ServerTls:
     callers: Mapping[str, frozenset[str]] | None = None
     domain: str = DEFAULT_DOMAIN
 
+    @property
+    def kind(self) -> str:
+        """What a registration says of it: `mutual` or `server`."""
+        return "mutual" if self.requires_client else "server"
+
     def check(self, method: str, names: Sequence[str]) -> None:
         """Raises PermissionDenied where a caller with these names may not call `method`."""
         if self.callers is None:
             return
         allowed = self.callers.get(method.removeprefix("/")) or self.callers.get(method.rpartition("/")[0].removeprefix("/")) or frozenset()
+        if allowed == ANYBODY:
+            return
         if not any(f"{role}.{self.domain}" in names for role in allowed):
             who = ", ".join(names) or "a caller without a certificate"
             needed = " or ".join(f"{role}.{self.domain}" for role in sorted(allowed)) or "nobody"

@@ -29,4 +29,8 @@ cert_file       = "/etc/consul.d/agent.pem"
 key_file        = "/etc/consul.d/agent-key.pem"
 verify_outgoing = true
 
+# Members with TLS want a certificate of whoever asks their health (gateways only where client_ca is set): the agent shows the one above,
+# which tls_ca of the mesh must have signed. Without it, say check=ttl in the services' registry URL.
+enable_agent_tls_for_checks = true
+
 disable_update_check = true

@@ -88,7 +88,7 @@ def service_payload(prefix: str, registration: Registration, owner: str, since_m
     return {
         "Name": service_name(prefix, registration.kind), "ID": id_, "Address": host, "Port": port,
         "Tags": _tags(registration, port), "Meta": {**registration.metadata, **meta},
-        "Checks": _checks(id_, registration.endpoint, has_ttl),
+        "Checks": _checks(id_, registration, has_ttl),
     }
 
 
@@ -191,7 +191,10 @@ def _tags(registration: Registration, port: int) -> list[str]:
     return tags
 
 
-def _checks(id_: str, endpoint: str, has_ttl: bool) -> list[dict[str, Any]]:
+def _checks(id_: str, registration: Registration, has_ttl: bool) -> list[dict[str, Any]]:
+    endpoint = registration.endpoint
+    # The agent dials an address, which is not in a member's certificate. It shows its own where `enable_agent_tls_for_checks` is set.
+    tls = {"GRPCUseTLS": True, "TLSSkipVerify": True} if registration.metadata.get("tls") else {}
     # The owner lives, for it is the one who registers: a check that began as critical would hide it for up to a second.
     liveness = {"CheckID": liveness_check_id(id_), "Status": "passing", "DeregisterCriticalServiceAfter": _REAPED_AFTER}
     if has_ttl:
@@ -199,12 +202,12 @@ def _checks(id_: str, endpoint: str, has_ttl: bool) -> list[dict[str, Any]]:
     return [
         {
             **liveness, "Name": "liveness: the process answers", "GRPC": f"{endpoint}/{LIVENESS}",
-            "Interval": _LIVENESS_INTERVAL, "Timeout": _LIVENESS_TIMEOUT,
+            "Interval": _LIVENESS_INTERVAL, "Timeout": _LIVENESS_TIMEOUT, **tls,
         },
         {
             # Only others look at it: DNS and Envoy skip what is not ready. An orchestrator that waits for its first group is a member.
             "CheckID": f"{id_}:readiness", "Name": "readiness: it can do its work", "GRPC": endpoint,
-            "Interval": _READINESS_INTERVAL, "Timeout": _LIVENESS_TIMEOUT,
+            "Interval": _READINESS_INTERVAL, "Timeout": _LIVENESS_TIMEOUT, **tls,
         },
     ]
 

@@ -9,13 +9,16 @@ import subprocess
 from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from tensorway.cli.certs import Authority
 from tensorway.errors import FailedPrecondition, PermissionDenied, Unavailable
 from tensorway.registry import open_registry
 from tensorway.registry.port import GATEWAY, GROUP, NODE, ORCHESTRATOR, Registration
+from tensorway.tls import OPEN_TO_MEMBERS, MeshTls, TlsFiles
 from tensorway.transport import HealthService, create_server
 from tensorway.transport.port import ServerOptions
 from tests.consul.agent import Agent, Certificates, dev_agent
@@ -122,6 +125,32 @@ async def test_tls_with_client_certificates(tmp_path: Path) -> None:
             async with open_registry(agent.registry_url(**fewer)) as stranger:  # type: ignore[attr-defined]
                 with pytest.raises(FailedPrecondition, match=r"TLS with the Consul agent at .* fails"):
                     await stranger.read("k")
+
+
+async def test_an_agent_with_a_certificate_asks_members_that_want_one(tmp_path: Path, stack: AsyncExitStack) -> None:
+    """The readiness of a server that takes no caller without a certificate; the agent shows its own, which has no role in the mesh."""
+    authority = Authority.open_or_make(tmp_path)
+    for role, name in ((ORCHESTRATOR, ORCHESTRATOR), ("consul", "agent")):
+        authority.issue(role, ("127.0.0.1",), timedelta(hours=1), name=name)
+    own = TlsFiles(cert=str(tmp_path / "orchestrator.pem"), key=str(tmp_path / "orchestrator.key"), ca=str(tmp_path / "ca.pem"))
+    server = create_server(ServerOptions("127.0.0.1:0", tls=MeshTls(own).serve(OPEN_TO_MEMBERS)))
+    health = HealthService(("",))
+    health.attach(server)
+    endpoint = await server.start()
+    stack.push_async_callback(server.stop, 0.0)
+    health.set("", True)
+    files = {"ca_file": tmp_path / "ca.pem", "cert_file": tmp_path / "agent.pem", "key_file": tmp_path / "agent.key"}
+    with_certificate = {key: str(path) for key, path in files.items()} | {"enable_agent_tls_for_checks": True}
+    for settings, status in ((with_certificate, "passing"), ({}, "critical")):
+        async with dev_agent(tmp_path / status, **settings) as agent, open_registry(agent.registry_url()) as registry:  # type: ignore[attr-defined,arg-type]
+            await registry.register(Registration(ORCHESTRATOR, "o", endpoint, {"tls": "mutual"}))
+            async with asyncio.timeout(PATIENCE_S):
+                while True:
+                    checks = await agent.call("GET", "/v1/agent/checks")
+                    (found,) = [check for id_, check in checks.items() if id_.endswith(":readiness")]
+                    if found["Status"] == status and found["Output"]:
+                        break
+                    await asyncio.sleep(0.1)
 
 
 @pytest.mark.parametrize("name", ["server.hcl", "client.hcl"])

@@ -10,12 +10,12 @@ from house_tree import relative, repository_files
 #: Put together from pieces, so that this file does not hold what it forbids.
 PRIVATE_PATH = re.compile(r"(?<![\w.}*])/(?:" + "work|ro" + r"ot)(?![\w-])|(?<![\w.}*])/(?:home|Users|mnt)/\w")
 PRIVATE_HOST = re.compile(
-    r"\b(?:10|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2,3}\b|\b(?!protobuf\.)[\w-]+\.(?:internal|corp|lan|intra)\b(?!\()"
+    r"\b(?:10|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2,3}\b|\b(?!protobuf\.|tensorway\.internal)[\w-]+\.(?:internal|corp|lan|intra)\b(?!\()"
 )
 URL = re.compile(r"\bhttps?://([A-Za-z0-9._-]+)")
 #: Public places that the repository may name.
 HOSTS = {"bford.info", "creativecommons.org", "github.com", "huggingface.co", "www.apache.org", "localhost", "127.0.0.1"}
-NOT_TEXT = {".png", ".jpg", ".npy", ".pt", ".safetensors", ".lock"}
+NOT_TEXT = {".pb", ".png", ".jpg", ".npy", ".pt", ".safetensors", ".lock"}
 
 
 def lines() -> Iterator[tuple[str, str]]:

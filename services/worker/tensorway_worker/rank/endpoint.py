@@ -55,10 +55,9 @@ class Endpoint:
         self._launch = launch
         self._spec = spec
         self._service = service
-        tls = open_mesh_tls(*launch.tls)
-        self._server = create_server(
-            ServerOptions(launch.listen, launch.transport, launch.max_message_bytes, tls=None if tls is None else tls.serve(_CALLERS))
-        )
+        mesh_tls = open_mesh_tls(*launch.tls)
+        self._tls = None if mesh_tls is None else mesh_tls.serve(_CALLERS)
+        self._server = create_server(ServerOptions(launch.listen, launch.transport, launch.max_message_bytes, tls=self._tls))
         self._links = LinkServer(service.on_exchange, launch.max_message_bytes)
         self._links.attach(self._server)
         service.attach(self._server)
@@ -84,6 +83,8 @@ class Endpoint:
             "pid": str(os.getpid()),
             "capacity": str(self._spec.generation.max_sequences if self._spec.generation else self._spec.batching.max_rows),
         }
+        if self._tls is not None:
+            metadata["tls"] = self._tls.kind
         if launch.zone:
             metadata["zone"] = launch.zone
         self._show_health(True)
