@@ -10,7 +10,7 @@ MODELS ?= models
 PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install models consul run up test test-unit test-integration check format protos bench bench-groups bench-tokens bench-routing \
+.PHONY: help install models consul toolchains stubs certs run up test test-unit test-integration check format protos descriptors bench bench-groups bench-tokens bench-routing \
   bench-overload fuzz kill-everywhere consul-outage chaos clean
 
 help: ## List the commands
@@ -39,6 +39,19 @@ install: $(VENV)/.installed ## Create .venv with everything
 	.venv-triton/bin/pip install --quiet 'tritonclient[grpc]==2.73.0'
 	@touch $@
 
+# Compilers and gRPC libraries of other languages; what cannot be brought is named, and its tests are skipped.
+toolchains: install ## Bring what the client examples in other languages need
+	@$(BIN)/python -m tests.clients.toolchains
+
+# LANG is also the shell's: only what is said on the command line counts.
+OUT ?=
+stubs: install ## Make client stubs for another language: make stubs LANG=go [OUT=DIR]
+	@$(BIN)/python examples/clients/stubs.py $(if $(filter command line,$(origin LANG)),$(LANG)) $(if $(OUT),--out $(OUT))
+
+CERTS ?= certs
+certs: install ## Make a local authority and a certificate for every role, in ./certs (CERTS=DIR)
+	@$(BIN)/tensorway certs create $(CERTS)
+
 # A real Consul agent for tests: CONSUL_BIN, the one on PATH, or one unpacked under .tools.
 consul: install ## Bring a Consul binary for tests and print its path
 	@$(BIN)/python -m tests.consul.binary
@@ -49,7 +62,7 @@ models: install ## Fetch the files that the models in models/ declare
 run: install ## Fetch models, start a whole mesh here, show real answers, serve until Ctrl-C
 	@exec $(BIN)/tensorway up $(MODELS) --demo
 
-test: install .venv-base/.installed .venv-triton/.installed models consul ## Set up and run every test
+test: install .venv-base/.installed .venv-triton/.installed models consul toolchains ## Set up and run every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-unit: install ## Only the quick tests
@@ -59,16 +72,25 @@ check: install ## Lint, types, house rules, contract and generated stubs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	cd protos && ../$(BIN)/buf lint
+	mkdir -p .tools && $(PROTOC) --include_imports --include_source_info --descriptor_set_out=.tools/protos.binpb $(PROTOS)
+	$(BIN)/buf lint .tools/protos.binpb --config protos/buf.yaml
 	$(BIN)/python tests/check_stubs.py $(BIN)/python
 	$(BIN)/python -m docs.generate --check
 
 format: install ## Sort imports and mend what ruff can
 	$(BIN)/ruff check --fix .
 
-protos: install ## Generate the Python stubs from protos/
-	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. protos/tensorway/v1/*.proto protos/tensorway/compat/*.proto
-	$(BIN)/python -m grpc_tools.protoc -I protos --grpc_python_out=. $(addprefix protos/tensorway/v1/,$(addsuffix .proto,inference model mesh node link ops))
+# google.api.http annotations come with googleapis-common-protos, which the kit needs anyway.
+PROTOC = $(BIN)/python -m grpc_tools.protoc -I protos -I "$$($(BIN)/python -c 'import google.api; print(list(google.api.__path__)[0] + "/../..")')"
+PROTOS = protos/tensorway/v1/*.proto protos/tensorway/compat/*.proto
+
+protos: install descriptors ## Generate the Python stubs from protos/
+	$(PROTOC) --python_out=. --pyi_out=. $(PROTOS)
+	$(PROTOC) --grpc_python_out=. $(addprefix protos/tensorway/v1/,$(addsuffix .proto,inference model mesh node link ops))
+
+descriptors: install ## Generate what Envoy needs to translate REST into gRPC, deploy/envoy/tensorway.pb
+	$(PROTOC) --include_imports --descriptor_set_out=deploy/envoy/tensorway.pb $(addprefix protos/tensorway/,v1/inference.proto v1/model.proto v1/mesh.proto compat/grpc_service.proto) \
+	  google/rpc/status.proto google/rpc/error_details.proto
 
 # h2load is C, from Debian: a load generator that nobody here wrote.
 bench: install models ## Measure the running mesh with h2load and perf-analyzer; writes benchmarks/results.md

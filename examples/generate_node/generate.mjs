@@ -29,10 +29,11 @@ const { values: options, positionals } = parseArgs({
   },
 });
 
-const protos = fileURLToPath(new URL("../../protos", import.meta.url));
+// Ours, and google/api, which they import and protobufjs brings.
+const includeDirs = ["../../protos", "node_modules/protobufjs"].map((folder) => fileURLToPath(new URL(folder, import.meta.url)));
 // 64-bit numbers (sequence, seed) do not fit a JavaScript number: they come as strings.
 const definition = protoLoader.loadSync("tensorway/v1/inference.proto", {
-  includeDirs: [protos], keepCase: true, longs: String, enums: String, defaults: true, oneofs: true,
+  includeDirs, keepCase: true, longs: String, enums: String, defaults: true, oneofs: true,
 });
 const { InferenceService } = grpc.loadPackageDefinition(definition).tensorway.v1;
 
