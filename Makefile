@@ -10,8 +10,8 @@ MODELS ?= models
 PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install models consul toolchains stubs certs run up test test-unit test-integration check format protos descriptors bench bench-groups bench-tokens bench-routing \
-  bench-overload fuzz kill-everywhere consul-outage chaos clean
+.PHONY: help install models consul toolchains stubs certs run up test test-unit test-integration check lock format protos descriptors bench bench-groups bench-tokens bench-routing \
+  bench-overload fuzz kill-everywhere consul-outage chaos compose-test clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ check: install ## Lint, types, house rules, contract and generated stubs
 	$(BIN)/python tests/check_stubs.py $(BIN)/python
 	$(BIN)/python -m docs.generate --check
 
+lock: install ## Pin what the images install, deploy/requirements/*.txt
+	$(BIN)/python deploy/requirements/lock.py
+
 format: install ## Sort imports and mend what ruff can
 	$(BIN)/ruff check --fix .
 
@@ -117,6 +120,9 @@ CHAOS_TOOLS := iptables iproute2 gcc libc6-dev
 chaos: install models consul ## Kill, stop, cut and fill everything under load, and check every answer; writes benchmarks/chaos.md
 	for tool in iptables ip tc cc; do command -v $$tool >/dev/null || { apt-get update && apt-get install -y --no-install-recommends $(CHAOS_TOOLS); break; }; done || true
 	$(BIN)/python -m tests.chaos --report benchmarks/chaos.md
+
+compose-test: install consul ## Build the images and run compose.yaml on a Docker engine of its own: call, kill, cut off (root)
+	TENSORWAY_COMPOSE_TEST=1 $(BIN)/python -m pytest tests/deploy/test_compose.py -s
 
 fuzz: install ## The long form of the fuzz at the door
 	TENSORWAY_FUZZ_CASES=2000000 $(BIN)/python -m pytest tests/contract/gateway -k fuzz --timeout=3600
