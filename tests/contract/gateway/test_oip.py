@@ -120,6 +120,29 @@ async def test_every_typed_list_becomes_the_wires_bytes(tmp_path: Path, datatype
         response = await call("ModelInfer", Request(model_name="own", inputs=[given]))
         assert response.raw_output_contents[0] == raw
         assert response.outputs[0].datatype == datatype
+        # What asks for no raw bytes gets the list back, and nothing else.
+        wish = {"binary_data_output": oip.InferParameter(bool_param=False)}
+        response = await call("ModelInfer", Request(model_name="own", inputs=[given], parameters=wish))
+        assert not response.raw_output_contents
+        assert [field.name for field, _ in response.outputs[0].contents.ListFields()] == [contents.ListFields()[0][0].name]
+        assert list(getattr(response.outputs[0].contents, field)) == values
+
+
+async def test_halves_have_no_typed_contents(tmp_path: Path) -> None:
+    from tensorway.signature import TensorSpec
+    from tensorway.tensors import DataType
+    from tests.contract.gateway import scripted
+
+    own = spec("own", (TensorSpec("x", DataType.FP16, ("rows",)),), (TensorSpec("y", DataType.FP16, ("rows",)),))
+
+    def script(exchange: Any, head: Any) -> None:
+        exchange.reply(*scripted.echo_reply(head, exchange.payload, (own,)))
+
+    wish = {"binary_data_output": oip.InferParameter(bool_param=False)}
+    given = [Input(name="x", datatype="FP16", shape=[1])]
+    async with calling(tmp_path, specs=(own,), scripts=(script,)) as call:
+        with pytest.raises(InvalidRequest, match="output 'y' is FP16, which has no typed contents"):
+            await call("ModelInfer", Request(model_name="own", inputs=given, raw_input_contents=[b"00"], parameters=wish))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,13 @@ from tensorway.transport.port import Call, Server
 from tensorway_gateway.lifting import lift_raw_contents
 from tensorway_gateway.path import RequestPath
 from tensorway_gateway.requests import MAX_NUM_ITEMS, MAX_PRIORITY, MIN_PRIORITY, Answered, Arrival, Value
-from tensorway_gateway.servicers.oip_tensors import oip_field, read_inputs, refuse_unserved_parameters
+from tensorway_gateway.servicers.oip_tensors import (
+    BINARY_OUTPUT,
+    oip_field,
+    read_inputs,
+    refuse_unserved_parameters,
+    write_contents,
+)
 
 SERVICE: Final = "inference.GRPCInferenceService"
 #: Tag of `ModelInferResponse.raw_output_contents`, field 6 with a length.
@@ -27,7 +33,7 @@ FINAL_RESPONSE: Final = "triton_final_response"
 _MAX_INT64: Final = 2**63 - 1
 _SEQUENCE: Final = ("sequence_id", "sequence_start", "sequence_end")
 #: Said to other servers of this protocol, meaningless here, and not meant for the model.
-_NOT_FOR_MODELS: Final = frozenset({"headers", "binary_data_output", "priority", "timeout", *_SEQUENCE})
+_NOT_FOR_MODELS: Final = frozenset({"headers", BINARY_OUTPUT, "priority", "timeout", *_SEQUENCE})
 
 
 class OipServicer:
@@ -40,7 +46,7 @@ class OipServicer:
         server.add_unary(f"/{SERVICE}/ModelInfer", self.model_infer)
 
     async def model_infer(self, message: bytes, call: Call) -> bytes:
-        """ModelInferRequest bytes in, ModelInferResponse bytes out; outputs are always raw."""
+        """ModelInferRequest bytes in, ModelInferResponse bytes out; outputs are raw, unless `binary_data_output` is false."""
         arrived_s = time.monotonic()
         message, lifted = lift_raw_contents(message)
         try:
@@ -123,8 +129,15 @@ def timeout_s(parameters: Mapping[str, Value]) -> float | None:
     return timeout_us / 1e6 if timeout_us else None
 
 
+def wants_typed(request: grpc_service_pb2.ModelInferRequest) -> bool:
+    """Whether the client asks for typed contents, as a REST client does who wants numbers and not base64."""
+    wish = request.parameters.get(BINARY_OUTPUT)
+    return wish is not None and wish.WhichOneof("parameter_choice") == "bool_param" and not wish.bool_param
+
+
 def write_response(answered: Answered, request: grpc_service_pb2.ModelInferRequest, *, is_last_of_stream: bool = False) -> bytes:
-    """A serialised ModelInferResponse. Raw contents are framed by hand, so that their bytes are copied once, into the message."""
+    """A serialised ModelInferResponse. Raw contents are framed by hand, so that their bytes are copied once, into the message. Raises
+    InvalidRequest where typed contents are asked for and an output has none."""
     answer = answered.answer
     tensor = grpc_service_pb2.ModelInferResponse.InferOutputTensor
     response = grpc_service_pb2.ModelInferResponse(
@@ -134,6 +147,10 @@ def write_response(answered: Answered, request: grpc_service_pb2.ModelInferReque
     write_parameters(answer.parameters, response.parameters, "param")
     if is_last_of_stream:
         response.parameters[FINAL_RESPONSE].bool_param = True
+    if wants_typed(request):
+        for head, content, output in zip(answer.outputs, answer.contents, response.outputs, strict=True):
+            write_contents(head, content, output.contents)
+        return response.SerializeToString()
     parts: list[bytes | memoryview] = [response.SerializeToString()]
     for head, content in zip(answer.outputs, answer.contents, strict=True):
         parts += (RAW_OUTPUT_TAG, varint(head.num_bytes), *content)

@@ -9,7 +9,8 @@ from typing import Any, Final, NamedTuple
 
 from tensorway.compat import grpc_service_pb2
 from tensorway.errors import InvalidRequest, Unimplemented
-from tensorway.tensors import Buffer, DataType, Tensor, encode_bytes, num_elements
+from tensorway.tensors import Buffer, DataType, Tensor, TensorHead, decode_bytes, encode_bytes, num_elements
+from tensorway.transport.port import Payload
 from tensorway_gateway.requests import MAX_NUM_DIMENSIONS, MAX_NUM_ITEMS
 
 #: Our element types by the protocol's names, which are the same words.
@@ -37,6 +38,8 @@ _TYPED: Final[dict[DataType, _TypedList]] = {
     DataType.FP64: _TypedList("fp64_contents", "d"),
     DataType.BYTES: _TypedList("bytes_contents", ""),
 }
+#: Parameter of a request: false asks for typed contents instead of raw ones, which JSON shows as numbers.
+BINARY_OUTPUT: Final = "binary_data_output"
 _SHARED_MEMORY: Final = "shared_memory_region"
 
 
@@ -62,6 +65,25 @@ def read_inputs(request: grpc_service_pb2.ModelInferRequest, lifted: Mapping[int
             field="raw_input_contents",
         )
     return tuple(_read_input(item, raw[index] if raw else None) for index, item in enumerate(request.inputs))
+
+
+def write_contents(head: TensorHead, content: Payload, contents: grpc_service_pb2.InferTensorContents) -> None:
+    """An output's elements as the typed list of its datatype. Raises InvalidRequest for a datatype that has none."""
+    typed = _TYPED.get(head.dtype)
+    if typed is None:
+        where = f"parameter {BINARY_OUTPUT!r}"
+        raise InvalidRequest(f"{where}: output {head.name!r} is {head.dtype.name}, which has no typed contents; leave it out", field=where)
+    raw = b"".join(content)
+    target = getattr(contents, typed.field)
+    if head.dtype is DataType.BYTES:
+        target.extend(decode_bytes(raw))
+    elif head.dtype is DataType.BOOL:
+        target.extend(map(bool, raw))
+    else:
+        elements = array(typed.code, raw)
+        if sys.byteorder == "big":
+            elements.byteswap()
+        target.extend(elements)
 
 
 def refuse_unserved_parameters(where: str, parameters: Mapping[str, object]) -> None:
