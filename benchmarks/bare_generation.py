@@ -30,7 +30,7 @@ from tensorway_worker.engines.generation.scheduler import Limits, Scheduler
 from tensorway_worker.engines.pretrained import Pretrained
 from tensorway_worker.engines.tasks import TASKS
 from tensorway_worker.rank.executor import Executor
-from tensorway_worker.rank.generating import run_in
+from tensorway_worker.rank.waited_step import run_in
 
 _COPIED_BYTES = 512 << 20
 

@@ -13,11 +13,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from typing import Any, Final, Self, Unpack
 
 from tensorway.client_calls import Calls, Parameters
+from tensorway.client_credentials import credentials_of
 from tensorway.client_generate import GenerateOptions, Prompt, generate, generate_async, text_of, text_of_async
+from tensorway.client_operations import (
+    SET_LEVEL,
+    LevelChange,
+    ProfileProgress,
+    ProfileWish,
+    level_request,
+    profile,
+    profile_async,
+    read_levels,
+)
 from tensorway.client_rota import AsyncChannels, BlockingChannels, endpoints_of
 from tensorway.deadline import DEFAULT_TIMEOUT_S
 from tensorway.errors import DeadlineExceeded, TensorwayError, Unavailable
@@ -64,15 +75,18 @@ class Client:
     `endpoint` is a gateway's, or those of several joined by commas: calls go round them, and past one that does not answer. `timeout_s` is
     the deadline of a call that sets none; `retries` the attempts after the first, for each endpoint; `metadata` goes with every call; with
     `as_torch`, results hold torch tensors. `tls`: True for TLS with the system's authorities, or a `Tls` that says whom to trust.
+    `api_key` or `token` says who calls; a function for `token` is called for each attempt and returns the token that is good then.
     """
 
     def __init__(
         self, endpoint: str = DEFAULT_ENDPOINT, *, timeout_s: float = DEFAULT_TIMEOUT_S, metadata: Metadata = (), retries: int = 3,
         as_torch: bool = False, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, tls: Tls | bool = False,
+        api_key: str = "", token: str | Callable[[], str] = "",
     ) -> None:
         self._calls = Calls(endpoint, timeout_s, retries, as_torch)
         self._channel = BlockingChannels(
-            endpoints_of(endpoint), max_message_bytes=max_message_bytes, metadata=_pairs(metadata), tls=channel_tls(tls)
+            endpoints_of(endpoint), credentials_of(api_key, token), max_message_bytes=max_message_bytes, metadata=_pairs(metadata),
+            tls=channel_tls(tls),
         )
 
     def infer(
@@ -123,6 +137,17 @@ class Client:
         """Every live service and group."""
         return self._calls.topology(self._unary(_GET_TOPOLOGY, b"", timeout_s))
 
+    def profile(self, wish: ProfileWish) -> Generator[ProfileProgress | bytes]:
+        """Records the next steps of a live group on all its ranks while it serves: progress, and then the pieces of a gzipped Chrome trace.
+        Send requests meanwhile. Closing the generator ends it."""
+        return profile(self._channel, wish)
+
+    def set_log_level(
+        self, level: str, members: Sequence[str] = (), *, seconds: float = 0.0, timeout_s: float | None = None
+    ) -> tuple[LevelChange, ...]:
+        """Sets the log level of members, by id, or of all, for so many seconds, or until they start again; says what became of each."""
+        return read_levels(self._unary(SET_LEVEL, level_request(level, members, seconds), timeout_s).response)
+
     def is_ready(self, *, timeout_s: float = 5.0) -> bool:
         """Whether the gateway answers and can serve requests now."""
         try:
@@ -155,9 +180,11 @@ class AsyncClient:
     def __init__(
         self, endpoint: str = DEFAULT_ENDPOINT, *, timeout_s: float = DEFAULT_TIMEOUT_S, metadata: Metadata = (), retries: int = 3,
         as_torch: bool = False, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, tls: Tls | bool = False,
+        api_key: str = "", token: str | Callable[[], str] = "",
     ) -> None:
         self._calls = Calls(endpoint, timeout_s, retries, as_torch)
         self._endpoints = endpoints_of(endpoint)
+        self._credentials = credentials_of(api_key, token)
         self._max_message_bytes = max_message_bytes
         self._metadata = _pairs(metadata)
         self._tls = channel_tls(tls)
@@ -208,6 +235,16 @@ class AsyncClient:
         """See `Client.topology`."""
         return self._calls.topology(await self._unary(_GET_TOPOLOGY, b"", timeout_s))
 
+    def profile(self, wish: ProfileWish) -> AsyncGenerator[ProfileProgress | bytes]:
+        """See `Client.profile`. Close it (`contextlib.aclosing`) where you leave it early."""
+        return profile_async(self._open(), wish)
+
+    async def set_log_level(
+        self, level: str, members: Sequence[str] = (), *, seconds: float = 0.0, timeout_s: float | None = None
+    ) -> tuple[LevelChange, ...]:
+        """See `Client.set_log_level`."""
+        return read_levels((await self._unary(SET_LEVEL, level_request(level, members, seconds), timeout_s)).response)
+
     async def is_ready(self, *, timeout_s: float = 5.0) -> bool:
         """See `Client.is_ready`."""
         try:
@@ -229,7 +266,7 @@ class AsyncClient:
     def _open(self) -> AsyncChannels:
         if self._channel is None:
             self._channel = AsyncChannels(
-                self._endpoints, max_message_bytes=self._max_message_bytes, metadata=self._metadata, tls=self._tls
+                self._endpoints, self._credentials, max_message_bytes=self._max_message_bytes, metadata=self._metadata, tls=self._tls
             )
         return self._channel
 

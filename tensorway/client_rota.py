@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
+from tensorway.client_credentials import Credentials, no_credentials
+from tensorway.client_trace import trace_headers
 from tensorway.errors import InvalidRequest, Unavailable
 from tensorway.transport import AsyncChannel, BlockingChannel, BlockingStream, ReplyStream, UnaryReply
 
@@ -76,7 +78,8 @@ class Rota:
 class AsyncChannels:
     """`AsyncChannel` to several gateways."""
 
-    def __init__(self, endpoints: Sequence[str], **settings: Any) -> None:
+    def __init__(self, endpoints: Sequence[str], credentials: Credentials = no_credentials, **settings: Any) -> None:
+        self._credentials = credentials
         self._channels = [AsyncChannel(endpoint, is_one_of_many=len(endpoints) > 1, **settings) for endpoint in endpoints]
         self._rota = Rota(len(endpoints))
 
@@ -84,7 +87,7 @@ class AsyncChannels:
         """See `AsyncChannel.unary`."""
         member = self._rota.next(time.monotonic())
         try:
-            reply = await self._channels[member].unary(method, request, timeout_s)
+            reply = await self._channels[member].unary(method, request, timeout_s, self._headers())
         except Unavailable:
             self._rota.failed(member, time.monotonic())
             raise
@@ -94,12 +97,15 @@ class AsyncChannels:
     def server_stream(self, method: str, request: bytes, timeout_s: float | None) -> WatchedReplyStream:
         """See `AsyncChannel.server_stream`."""
         member = self._rota.next(time.monotonic())
-        return WatchedReplyStream(self._channels[member].server_stream(method, request, timeout_s), self._rota, member)
+        return WatchedReplyStream(self._channels[member].server_stream(method, request, timeout_s, self._headers()), self._rota, member)
 
     async def close(self) -> None:
         """Cancels what is in flight and closes the connections."""
         for channel in self._channels:
             await channel.close()
+
+    def _headers(self) -> Metadata:
+        return (*trace_headers(), *self._credentials())
 
 
 class WatchedReplyStream:
@@ -128,7 +134,8 @@ class WatchedReplyStream:
 class BlockingChannels:
     """`BlockingChannel` to several gateways."""
 
-    def __init__(self, endpoints: Sequence[str], **settings: Any) -> None:
+    def __init__(self, endpoints: Sequence[str], credentials: Credentials = no_credentials, **settings: Any) -> None:
+        self._credentials = credentials
         self._channels = [BlockingChannel(endpoint, is_one_of_many=len(endpoints) > 1, **settings) for endpoint in endpoints]
         self._rota = Rota(len(endpoints))
 
@@ -136,7 +143,7 @@ class BlockingChannels:
         """See `BlockingChannel.unary`."""
         member = self._rota.next(time.monotonic())
         try:
-            reply = self._channels[member].unary(method, request, timeout_s)
+            reply = self._channels[member].unary(method, request, timeout_s, self._headers())
         except Unavailable:
             self._rota.failed(member, time.monotonic())
             raise
@@ -146,12 +153,15 @@ class BlockingChannels:
     def server_stream(self, method: str, request: bytes, timeout_s: float | None) -> WatchedBlockingStream:
         """See `BlockingChannel.server_stream`."""
         member = self._rota.next(time.monotonic())
-        return WatchedBlockingStream(self._channels[member].server_stream(method, request, timeout_s), self._rota, member)
+        return WatchedBlockingStream(self._channels[member].server_stream(method, request, timeout_s, self._headers()), self._rota, member)
 
     def close(self) -> None:
         """Cancels what is in flight and closes the connections."""
         for channel in self._channels:
             channel.close()
+
+    def _headers(self) -> Metadata:
+        return (*trace_headers(), *self._credentials())
 
 
 class WatchedBlockingStream:

@@ -15,6 +15,8 @@ import yaml
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from tensorway.telemetry.tracing import TraceSettings
+from tensorway.tls import DEFAULT_DOMAIN, MeshTls, open_mesh_tls
 from tensorway.transport.port import DEFAULT_MAX_MESSAGE_BYTES
 
 ENV_PREFIX = "TENSORWAY_"
@@ -49,11 +51,37 @@ class ServiceSettings(BaseSettings):
     transport: Literal["completion-queue", "aio"] = Field(
         "completion-queue", description="gRPC server implementation: the fast one, or grpc.aio's portable one."
     )
+    tls_cert: str = Field("", description="PEM file with this member's certificate; empty: the mesh talks in the clear (docs/security.md).")
+    tls_key: str = Field("", description="PEM file with the certificate's private key, without a password.")
+    tls_ca: str = Field("", description="PEM file with the authorities that sign the certificates of the mesh's members.")
+    tls_domain: str = Field(DEFAULT_DOMAIN, min_length=1, description="Domain of the members' names: a certificate says ROLE.DOMAIN.")
+    ops_tls: Literal["off", "tls", "mtls"] = Field(
+        "off", description="The ops port in the clear, over TLS with tls_cert, or only for callers whose certificate tls_ca signed."
+    )
     local_links: bool = Field(True, description="Links within this machine take a local socket, not gRPC: less CPU, lower latency.")
     max_message_bytes: int = Field(DEFAULT_MAX_MESSAGE_BYTES, ge=4 * 1024 * 1024, le=2**31 - 1, description="Largest gRPC message, bytes.")
+    drain_delay_s: float = Field(
+        0.0, ge=0, description="Seconds after SIGTERM in which new requests are still taken, so that proxies see first that it leaves."
+    )
     grace_s: float = Field(30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line shown.")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="json, text, or text on a terminal and json elsewhere.")
+    trace_endpoint: str = Field(
+        "", description="OTLP/gRPC receiver of traces: host:port, or https://host:port for TLS; empty: no tracing (docs/tracing.md)."
+    )
+    trace_sample: float = Field(0.0, ge=0, le=1, description="Share of requests traced of those that come without a traceparent.")
+    trace_ca_file: str = Field("", description="PEM file of the authority that signed the receiver's certificate; default: the system's.")
+    trace_headers_file: str = Field("", description="File of `name: value` lines that go with every export, e.g. a token.")
+
+    @property
+    def mesh_tls(self) -> MeshTls | None:
+        """None: in the clear. Raises FailedPrecondition where the files do not serve."""
+        return open_mesh_tls(self.tls_cert, self.tls_key, self.tls_ca, self.tls_domain)
+
+    @property
+    def tracing(self) -> TraceSettings:
+        """What concerns traces."""
+        return TraceSettings(self.trace_endpoint, self.trace_sample, self.trace_ca_file, self.trace_headers_file)
 
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)

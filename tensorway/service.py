@@ -29,14 +29,20 @@ from tensorway.errors import TensorwayError
 from tensorway.registry import open_registry
 from tensorway.registry.patience import patiently, released
 from tensorway.registry.port import Lease, Registration, Registry
-from tensorway.telemetry.logs import configure_logs
+from tensorway.telemetry import ops_service
+from tensorway.telemetry.logs import LogLevel, configure_logs
 from tensorway.telemetry.ops import OpsServer
+from tensorway.telemetry.ops_tls import CertificateCollector, ops_context
+from tensorway.telemetry.tracing import NO_TRACER, TraceCollector, Tracer, open_tracer, service_resource
+from tensorway.tls import MeshTls, ServerTls
 from tensorway.transport import HealthService, add_reflection, create_server
 from tensorway.transport.port import Server, ServerOptions
 
 _LOG = logging.getLogger(__name__)
 _EXIT_SECOND_SIGNAL: Final = 130
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
+#: What the last spans get to be exported, at least and at most, seconds; in between, what is left of the grace period.
+_FLUSH_S: Final = (1.0, 5.0)
 
 
 @dataclass(slots=True)
@@ -52,6 +58,7 @@ class ServiceContext:
     metrics: CollectorRegistry
     _on_readiness: Callable[[str | None], None]
     readiness: str | None = "starting"
+    tracer: Tracer = NO_TRACER
 
     def set_readiness(self, reason: str | None) -> None:
         """None = ready; otherwise one sentence why not. Drives grpc.health.v1 and /readyz."""
@@ -66,6 +73,9 @@ class Service(Protocol):
     name: str
     #: Full names of its gRPC services, for reflection and health.
     reflected: tuple[str, ...]
+
+    def server_tls(self, tls: MeshTls | None) -> ServerTls | None:
+        """How its server shows itself and whom it lets in; `tls` is what this member holds. None: in the clear."""
 
     async def start(self, context: ServiceContext) -> None:
         """Adds handlers to `context.server` and starts its tasks. The server is bound after it returns."""
@@ -83,12 +93,12 @@ class Service(Protocol):
         """Lets go of everything."""
 
 
-def run_service(service: Service, settings: ServiceSettings) -> int:
-    """Runs until a signal; returns the exit status."""
+def run_service(service: Service, settings: ServiceSettings, guard: Callable[[Server], Server] | None = None) -> int:
+    """Runs until a signal; returns the exit status. `guard` puts something before every handler, health's and reflection's too."""
     instance = settings.id or f"{service.name}-{socket.gethostname()}-{os.getpid()}"
     configure_logs(service.name, instance, settings.log_level, settings.log_format)
     try:
-        return uvloop.run(_Lifecycle(service, settings, instance).run())
+        return uvloop.run(_Lifecycle(service, settings, instance, guard).run())
     except KeyboardInterrupt:
         return _EXIT_SECOND_SIGNAL
 
@@ -100,10 +110,14 @@ class _Lifecycle:
     service: Service
     settings: ServiceSettings
     instance: str
+    guard: Callable[[Server], Server] | None
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _num_signals: int = 0
     #: None before the service is registered, and for one that never is.
     _lease: Lease | None = None
+    _tracer: Tracer = NO_TRACER
+    #: The end of the grace period, once it has begun.
+    _drain_until: Deadline = field(default_factory=lambda: Deadline.after(0.0))
 
     async def run(self) -> int:
         self._install_signals()
@@ -123,26 +137,36 @@ class _Lifecycle:
     async def _serve(self) -> None:
         settings, service = self.settings, self.service
         registry = open_registry(settings.registry)
-        server = create_server(ServerOptions(settings.listen, settings.transport, settings.max_message_bytes))
+        mesh_tls = settings.mesh_tls
+        tls = service.server_tls(mesh_tls)
+        server = create_server(ServerOptions(settings.listen, settings.transport, settings.max_message_bytes, tls=tls))
         health = HealthService(("", *service.reflected))
-        health.attach(server)
-        add_reflection(server, (*service.reflected, HEALTH_SERVICE))
+        guarded = server if self.guard is None else self.guard(server)
+        health.attach(guarded)
+        ops_service.OpsServicer(LogLevel(settings.log_level)).attach(guarded)
+        add_reflection(guarded, (*service.reflected, ops_service.SERVICE, HEALTH_SERVICE))
         metrics = CollectorRegistry()
         ProcessCollector(registry=metrics)
         PlatformCollector(registry=metrics)
+        tracer = self._tracer = open_tracer(settings.tracing, service_resource(service.name, self.instance, settings.zone))
+        TraceCollector(tracer, metrics)
+        if mesh_tls is not None:
+            CertificateCollector(mesh_tls.files, metrics)
         ops: OpsServer | None = None
+        ops_tls = ops_context(settings.ops_tls, mesh_tls)
         try:
             async with asyncio.TaskGroup() as tasks:
                 context = ServiceContext(
-                    service.name, self.instance, server, registry, tasks, metrics, lambda reason: self._show_readiness(health, reason)
+                    service.name, self.instance, guarded, registry, tasks, metrics, lambda reason: self._show_readiness(health, reason),
+                    tracer=tracer,
                 )
                 await service.start(context)
                 bound = dialable(await server.start(), settings.advertise_host)
                 if settings.ops_listen != "off":
-                    ops = OpsServer(settings.ops_listen, lambda: context.readiness, metrics)
+                    ops = OpsServer(settings.ops_listen, lambda: context.readiness, metrics, ops_tls)
                     await ops.start()
                 await service.bound(bound)
-                registering = tasks.create_task(self._register(registry, bound, ops), name="registration")
+                registering = tasks.create_task(self._register(registry, bound, ops, tls), name="registration")
                 _LOG.info("serving", extra={"fields": {"endpoint": bound, "ops": ops.endpoint if ops else "off", "pid": os.getpid()}})
                 await self._stopping.wait()
                 # A registry that is away keeps nobody from stopping.
@@ -158,13 +182,16 @@ class _Lifecycle:
             if ops is not None:
                 await ops.stop()
             await registry.close()
+            await asyncio.to_thread(self._tracer.close, min(_FLUSH_S[1], max(_FLUSH_S[0], self._drain_until.remaining_s())))
             _LOG.info("stopped")
 
-    async def _register(self, registry: Registry, bound: str, ops: OpsServer | None) -> None:
+    async def _register(self, registry: Registry, bound: str, ops: OpsServer | None, tls: ServerTls | None) -> None:
         registration = self.service.registration(bound)
         if registration is None:
             return
         metadata = {"pid": str(os.getpid()), **registration.metadata}
+        if tls is not None:
+            metadata["tls"] = tls.kind
         if self.settings.zone:
             metadata["zone"] = self.settings.zone
         if ops is not None:
@@ -174,11 +201,13 @@ class _Lifecycle:
 
     async def _drain(self, context: ServiceContext, server: Server, health: HealthService) -> None:
         """Health first, then the lease, then the work: nobody new is sent here while what runs is finished."""
-        deadline = Deadline.after(self.settings.grace_s)
+        deadline = self._drain_until = Deadline.after(self.settings.drain_delay_s + self.settings.grace_s)
         _LOG.info("draining", extra={"fields": {"in_flight": server.num_in_flight, "grace_s": self.settings.grace_s}})
         context.set_readiness("draining")
         if self._lease is not None:
             await released(self._lease)
+        # A proxy asks for health every second or so: what it sends meanwhile finds the door still open.
+        await asyncio.sleep(self.settings.drain_delay_s)
         await self.service.drain(deadline)
         health.shutdown()  # an open Watch would hold the server for the whole grace
         await server.stop(max(0.0, deadline.remaining_s()))

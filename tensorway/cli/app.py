@@ -73,8 +73,11 @@ def _register_commands() -> None:
     from tensorway.cli.explain import explain
     from tensorway.cli.generate import generate
     from tensorway.cli.infer import infer
+    from tensorway.cli.keys import keys_app
+    from tensorway.cli.logs import logs_app
     from tensorway.cli.models import models_app
     from tensorway.cli.plan import plan
+    from tensorway.cli.profile import profile
 
     app.callback()(take)
     app.command()(infer)
@@ -82,9 +85,12 @@ def _register_commands() -> None:
     app.command()(explain)
     app.command()(doctor)
     app.command()(plan)
+    app.command()(profile)
     app.command()(adapt)
     app.add_typer(models_app, name="models")
+    app.add_typer(logs_app, name="logs")
     app.add_typer(certs_app, name="certs")
+    app.add_typer(keys_app, name="keys")
 
 
 def main() -> None:

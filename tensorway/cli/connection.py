@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tensorway.client_credentials import credentials_of
 from tensorway.errors import FailedPrecondition
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Connection:
     server_name: str = ""
     domain: str = ""
     api_key_file: str = ""
+    api_key: str = ""
 
     def tls(self) -> Tls | bool:
         """For a client of the gateway. False: in the clear."""
@@ -50,12 +52,12 @@ class Connection:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """The credential that goes with every call."""
         if not self.api_key_file:
-            return ()
+            return credentials_of(self.api_key, "")()
         try:
             key = Path(self.api_key_file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise FailedPrecondition(f"--api-key-file: {self.api_key_file} cannot be read: {error}", field="api_key_file") from error
-        return (("authorization", f"Bearer {key}"),)
+        return credentials_of(key, "")()
 
 
 _given = Connection()
@@ -96,7 +98,10 @@ def take(
     api_key_file: Annotated[
         str, typer.Option(envvar="TENSORWAY_API_KEY_FILE", help="File with the API key or token that goes with every call.")
     ] = "",
+    # Hidden: on the command line everybody on the machine would read it; the variable is what is meant.
+    api_key: Annotated[str, typer.Option(hidden=True, envvar="TENSORWAY_API_KEY")] = "",
 ) -> None:
     """A gRPC-first inference mesh for PyTorch. Start with `tensorway up MODELS_DIR`."""
     _given.uses_tls, _given.ca, _given.cert, _given.key = tls, tls_ca, tls_cert, tls_key
     _given.server_name, _given.domain, _given.api_key_file = tls_server_name, tls_domain, api_key_file
+    _given.api_key = api_key

@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from tensorway.v1 import ops_pb2 as tensorway_dot_v1_dot_ops__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensorway/v1/mesh.proto\x12\x0ctensorway.v1\x1a\x16tensorway/v1/ops.proto\"\x14\n\x12GetTopologyRequest\"<\n\x13GetTopologyResponse\x12%\n\x07members\x18\x01 \x03(\x0b\x32\x14.tensorway.v1.Member\"\x9b\x01\n\x06Member\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x34\n\x08metadata\x18\x04 \x03(\x0b\x32\".tensorway.v1.Member.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1f\n\x0eGetLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"9\n\x0fGetLoadResponse\x12&\n\x05loads\x18\x01 \x03(\x0b\x32\x17.tensorway.v1.ModelLoad\"\xe8\x02\n\tModelLoad\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x1f\n\x17\x61rrival_rows_per_second\x18\x03 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x19\n\x11utilisation_ratio\x18\x05 \x01(\x01\x12\x1a\n\x12num_ready_replicas\x18\x06 \x01(\r\x12\x1b\n\x13num_wanted_replicas\x18\x07 \x01(\r\x12\x1a\n\x12predicted_replicas\x18\x08 \x01(\x01\x12\x14\n\x0cwaiting_rows\x18\t \x01(\x04\x12\x19\n\x11num_open_requests\x18\n \x01(\x04\x12\x14\n\x0cmin_replicas\x18\x0b \x01(\r\x12\x14\n\x0cmax_replicas\x18\x0c \x01(\r\x12\x35\n\rorchestrators\x18\r \x03(\x0b\x32\x1e.tensorway.v1.OrchestratorLoad\"\xff\x01\n\x10OrchestratorLoad\x12\x14\n\x0corchestrator\x18\x01 \x01(\t\x12\x1f\n\x17\x61rrival_rows_per_second\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x19\n\x11utilisation_ratio\x18\x04 \x01(\x01\x12\x1a\n\x12predicted_replicas\x18\x05 \x01(\x01\x12\x14\n\x0cwaiting_rows\x18\x06 \x01(\x04\x12\x19\n\x11num_open_requests\x18\x07 \x01(\x04\x12\x1f\n\x17replica_rows_per_second\x18\x08 \x01(\x01\x12\x14\n\x0cidle_seconds\x18\t \x01(\x01\"]\n\x0eProfileRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12-\n\x07options\x18\x03 \x01(\x0b\x32\x1c.tensorway.v1.ProfileOptions\"]\n\x0fProfileResponse\x12\x31\n\x08progress\x18\x01 \x01(\x0b\x32\x1d.tensorway.v1.ProfileProgressH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\"K\n\x18SetMemberLogLevelRequest\x12\r\n\x05level\x18\x01 \x01(\t\x12\x0f\n\x07members\x18\x02 \x03(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"J\n\x19SetMemberLogLevelResponse\x12-\n\x07members\x18\x01 \x03(\x0b\x32\x1c.tensorway.v1.MemberLogLevel\"K\n\x0eMemberLogLevel\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08previous\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t2\xd9\x02\n\x0bMeshService\x12R\n\x0bGetTopology\x12 .tensorway.v1.GetTopologyRequest\x1a!.tensorway.v1.GetTopologyResponse\x12\x46\n\x07GetLoad\x12\x1c.tensorway.v1.GetLoadRequest\x1a\x1d.tensorway.v1.GetLoadResponse\x12H\n\x07Profile\x12\x1c.tensorway.v1.ProfileRequest\x1a\x1d.tensorway.v1.ProfileResponse0\x01\x12\x64\n\x11SetMemberLogLevel\x12&.tensorway.v1.SetMemberLogLevelRequest\x1a\'.tensorway.v1.SetMemberLogLevelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensorway/v1/mesh.proto\x12\x0ctensorway.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x16tensorway/v1/ops.proto\"\x14\n\x12GetTopologyRequest\"<\n\x13GetTopologyResponse\x12%\n\x07members\x18\x01 \x03(\x0b\x32\x14.tensorway.v1.Member\"\x9b\x01\n\x06Member\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x34\n\x08metadata\x18\x04 \x03(\x0b\x32\".tensorway.v1.Member.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1f\n\x0eGetLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"9\n\x0fGetLoadResponse\x12&\n\x05loads\x18\x01 \x03(\x0b\x32\x17.tensorway.v1.ModelLoad\"\xe8\x02\n\tModelLoad\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x1f\n\x17\x61rrival_rows_per_second\x18\x03 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x19\n\x11utilisation_ratio\x18\x05 \x01(\x01\x12\x1a\n\x12num_ready_replicas\x18\x06 \x01(\r\x12\x1b\n\x13num_wanted_replicas\x18\x07 \x01(\r\x12\x1a\n\x12predicted_replicas\x18\x08 \x01(\x01\x12\x14\n\x0cwaiting_rows\x18\t \x01(\x04\x12\x19\n\x11num_open_requests\x18\n \x01(\x04\x12\x14\n\x0cmin_replicas\x18\x0b \x01(\r\x12\x14\n\x0cmax_replicas\x18\x0c \x01(\r\x12\x35\n\rorchestrators\x18\r \x03(\x0b\x32\x1e.tensorway.v1.OrchestratorLoad\"\xff\x01\n\x10OrchestratorLoad\x12\x14\n\x0corchestrator\x18\x01 \x01(\t\x12\x1f\n\x17\x61rrival_rows_per_second\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x19\n\x11utilisation_ratio\x18\x04 \x01(\x01\x12\x1a\n\x12predicted_replicas\x18\x05 \x01(\x01\x12\x14\n\x0cwaiting_rows\x18\x06 \x01(\x04\x12\x19\n\x11num_open_requests\x18\x07 \x01(\x04\x12\x1f\n\x17replica_rows_per_second\x18\x08 \x01(\x01\x12\x14\n\x0cidle_seconds\x18\t \x01(\x01\"]\n\x0eProfileRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12-\n\x07options\x18\x03 \x01(\x0b\x32\x1c.tensorway.v1.ProfileOptions\"]\n\x0fProfileResponse\x12\x31\n\x08progress\x18\x01 \x01(\x0b\x32\x1d.tensorway.v1.ProfileProgressH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\"K\n\x18SetMemberLogLevelRequest\x12\r\n\x05level\x18\x01 \x01(\t\x12\x0f\n\x07members\x18\x02 \x03(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"J\n\x19SetMemberLogLevelResponse\x12-\n\x07members\x18\x01 \x03(\x0b\x32\x1c.tensorway.v1.MemberLogLevel\"K\n\x0eMemberLogLevel\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08previous\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t2\x92\x04\n\x0bMeshService\x12m\n\x0bGetTopology\x12 .tensorway.v1.GetTopologyRequest\x1a!.tensorway.v1.GetTopologyResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/mesh/topology\x12x\n\x07GetLoad\x12\x1c.tensorway.v1.GetLoadRequest\x1a\x1d.tensorway.v1.GetLoadResponse\"0\x82\xd3\xe4\x93\x02*\x12\r/v1/mesh/loadZ\x19\x12\x17/v1/models/{model}/load\x12\x93\x01\n\x07Profile\x12\x1c.tensorway.v1.ProfileRequest\x1a\x1d.tensorway.v1.ProfileResponse\"I\x82\xd3\xe4\x93\x02\x43\"\x1a/v1/models/{model}:profile:\x01*Z\"\"\x1d/v1/groups/{group=**}:profile:\x01*0\x01\x12\x83\x01\n\x11SetMemberLogLevel\x12&.tensorway.v1.SetMemberLogLevelRequest\x1a\'.tensorway.v1.SetMemberLogLevelResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/v1/mesh/log-level:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,32 +35,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MEMBER_METADATAENTRY']._loaded_options = None
   _globals['_MEMBER_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_GETTOPOLOGYREQUEST']._serialized_start=65
-  _globals['_GETTOPOLOGYREQUEST']._serialized_end=85
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=87
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=147
-  _globals['_MEMBER']._serialized_start=150
-  _globals['_MEMBER']._serialized_end=305
-  _globals['_MEMBER_METADATAENTRY']._serialized_start=258
-  _globals['_MEMBER_METADATAENTRY']._serialized_end=305
-  _globals['_GETLOADREQUEST']._serialized_start=307
-  _globals['_GETLOADREQUEST']._serialized_end=338
-  _globals['_GETLOADRESPONSE']._serialized_start=340
-  _globals['_GETLOADRESPONSE']._serialized_end=397
-  _globals['_MODELLOAD']._serialized_start=400
-  _globals['_MODELLOAD']._serialized_end=760
-  _globals['_ORCHESTRATORLOAD']._serialized_start=763
-  _globals['_ORCHESTRATORLOAD']._serialized_end=1018
-  _globals['_PROFILEREQUEST']._serialized_start=1020
-  _globals['_PROFILEREQUEST']._serialized_end=1113
-  _globals['_PROFILERESPONSE']._serialized_start=1115
-  _globals['_PROFILERESPONSE']._serialized_end=1208
-  _globals['_SETMEMBERLOGLEVELREQUEST']._serialized_start=1210
-  _globals['_SETMEMBERLOGLEVELREQUEST']._serialized_end=1285
-  _globals['_SETMEMBERLOGLEVELRESPONSE']._serialized_start=1287
-  _globals['_SETMEMBERLOGLEVELRESPONSE']._serialized_end=1361
-  _globals['_MEMBERLOGLEVEL']._serialized_start=1363
-  _globals['_MEMBERLOGLEVEL']._serialized_end=1438
-  _globals['_MESHSERVICE']._serialized_start=1441
-  _globals['_MESHSERVICE']._serialized_end=1786
+  _globals['_MESHSERVICE'].methods_by_name['GetTopology']._loaded_options = None
+  _globals['_MESHSERVICE'].methods_by_name['GetTopology']._serialized_options = b'\202\323\344\223\002\023\022\021/v1/mesh/topology'
+  _globals['_MESHSERVICE'].methods_by_name['GetLoad']._loaded_options = None
+  _globals['_MESHSERVICE'].methods_by_name['GetLoad']._serialized_options = b'\202\323\344\223\002*\022\r/v1/mesh/loadZ\031\022\027/v1/models/{model}/load'
+  _globals['_MESHSERVICE'].methods_by_name['Profile']._loaded_options = None
+  _globals['_MESHSERVICE'].methods_by_name['Profile']._serialized_options = b'\202\323\344\223\002C\"\032/v1/models/{model}:profile:\001*Z\"\"\035/v1/groups/{group=**}:profile:\001*'
+  _globals['_MESHSERVICE'].methods_by_name['SetMemberLogLevel']._loaded_options = None
+  _globals['_MESHSERVICE'].methods_by_name['SetMemberLogLevel']._serialized_options = b'\202\323\344\223\002\027\"\022/v1/mesh/log-level:\001*'
+  _globals['_GETTOPOLOGYREQUEST']._serialized_start=95
+  _globals['_GETTOPOLOGYREQUEST']._serialized_end=115
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=117
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=177
+  _globals['_MEMBER']._serialized_start=180
+  _globals['_MEMBER']._serialized_end=335
+  _globals['_MEMBER_METADATAENTRY']._serialized_start=288
+  _globals['_MEMBER_METADATAENTRY']._serialized_end=335
+  _globals['_GETLOADREQUEST']._serialized_start=337
+  _globals['_GETLOADREQUEST']._serialized_end=368
+  _globals['_GETLOADRESPONSE']._serialized_start=370
+  _globals['_GETLOADRESPONSE']._serialized_end=427
+  _globals['_MODELLOAD']._serialized_start=430
+  _globals['_MODELLOAD']._serialized_end=790
+  _globals['_ORCHESTRATORLOAD']._serialized_start=793
+  _globals['_ORCHESTRATORLOAD']._serialized_end=1048
+  _globals['_PROFILEREQUEST']._serialized_start=1050
+  _globals['_PROFILEREQUEST']._serialized_end=1143
+  _globals['_PROFILERESPONSE']._serialized_start=1145
+  _globals['_PROFILERESPONSE']._serialized_end=1238
+  _globals['_SETMEMBERLOGLEVELREQUEST']._serialized_start=1240
+  _globals['_SETMEMBERLOGLEVELREQUEST']._serialized_end=1315
+  _globals['_SETMEMBERLOGLEVELRESPONSE']._serialized_start=1317
+  _globals['_SETMEMBERLOGLEVELRESPONSE']._serialized_end=1391
+  _globals['_MEMBERLOGLEVEL']._serialized_start=1393
+  _globals['_MEMBERLOGLEVEL']._serialized_end=1468
+  _globals['_MESHSERVICE']._serialized_start=1471
+  _globals['_MESHSERVICE']._serialized_end=2001
 # @@protoc_insertion_point(module_scope)

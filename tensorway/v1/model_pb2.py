@@ -22,36 +22,43 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from tensorway.v1 import tensor_pb2 as tensorway_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tensorway/v1/model.proto\x12\x0ctensorway.v1\x1a\x19tensorway/v1/tensor.proto\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.tensorway.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.tensorway.v1.Model\"4\n\x11ScaleModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"8\n\x12ScaleModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.tensorway.v1.Model\"\xc3\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.tensorway.v1.ModelState\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12(\n\x06inputs\x18\x07 \x03(\x0b\x32\x18.tensorway.v1.TensorSpec\x12)\n\x07outputs\x18\x08 \x03(\x0b\x32\x18.tensorway.v1.TensorSpec\x12\x10\n\x08max_rows\x18\t \x01(\r\x12\x14\n\x0cnum_replicas\x18\n \x01(\r\x12\x1a\n\x12num_ready_replicas\x18\x0b \x01(\r\x12\x13\n\x0b\x64\x65scription\x18\x0c \x01(\t\x12\x12\n\nis_dormant\x18\r \x01(\x08\"i\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05\x64type\x18\x02 \x01(\x0e\x32\x16.tensorway.v1.DataType\x12&\n\x05shape\x18\x03 \x03(\x0b\x32\x17.tensorway.v1.Dimension\")\n\tDimension\x12\x0e\n\x06\x65xtent\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t*v\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x1b\n\x17MODEL_STATE_UNAVAILABLE\x10\x03\x32\xfb\x01\n\x0cModelService\x12O\n\nListModels\x12\x1f.tensorway.v1.ListModelsRequest\x1a .tensorway.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.tensorway.v1.GetModelRequest\x1a\x1e.tensorway.v1.GetModelResponse\x12O\n\nScaleModel\x12\x1f.tensorway.v1.ScaleModelRequest\x1a .tensorway.v1.ScaleModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tensorway/v1/model.proto\x12\x0ctensorway.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19tensorway/v1/tensor.proto\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.tensorway.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.tensorway.v1.Model\"4\n\x11ScaleModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"8\n\x12ScaleModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.tensorway.v1.Model\"\xc3\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.tensorway.v1.ModelState\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12(\n\x06inputs\x18\x07 \x03(\x0b\x32\x18.tensorway.v1.TensorSpec\x12)\n\x07outputs\x18\x08 \x03(\x0b\x32\x18.tensorway.v1.TensorSpec\x12\x10\n\x08max_rows\x18\t \x01(\r\x12\x14\n\x0cnum_replicas\x18\n \x01(\r\x12\x1a\n\x12num_ready_replicas\x18\x0b \x01(\r\x12\x13\n\x0b\x64\x65scription\x18\x0c \x01(\t\x12\x12\n\nis_dormant\x18\r \x01(\x08\"i\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05\x64type\x18\x02 \x01(\x0e\x32\x16.tensorway.v1.DataType\x12&\n\x05shape\x18\x03 \x03(\x0b\x32\x17.tensorway.v1.Dimension\")\n\tDimension\x12\x0e\n\x06\x65xtent\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t*v\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x1b\n\x17MODEL_STATE_UNAVAILABLE\x10\x03\x32\xcf\x02\n\x0cModelService\x12\x63\n\nListModels\x12\x1f.tensorway.v1.ListModelsRequest\x1a .tensorway.v1.ListModelsResponse\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12\x64\n\x08GetModel\x12\x1d.tensorway.v1.GetModelRequest\x1a\x1e.tensorway.v1.GetModelResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/models/{name}\x12t\n\nScaleModel\x12\x1f.tensorway.v1.ScaleModelRequest\x1a .tensorway.v1.ScaleModelResponse\"#\x82\xd3\xe4\x93\x02\x1d\"\x18/v1/models/{model}:scale:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tensorway.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=826
-  _globals['_MODELSTATE']._serialized_end=944
-  _globals['_LISTMODELSREQUEST']._serialized_start=69
-  _globals['_LISTMODELSREQUEST']._serialized_end=88
-  _globals['_LISTMODELSRESPONSE']._serialized_start=90
-  _globals['_LISTMODELSRESPONSE']._serialized_end=147
-  _globals['_GETMODELREQUEST']._serialized_start=149
-  _globals['_GETMODELREQUEST']._serialized_end=180
-  _globals['_GETMODELRESPONSE']._serialized_start=182
-  _globals['_GETMODELRESPONSE']._serialized_end=236
-  _globals['_SCALEMODELREQUEST']._serialized_start=238
-  _globals['_SCALEMODELREQUEST']._serialized_end=290
-  _globals['_SCALEMODELRESPONSE']._serialized_start=292
-  _globals['_SCALEMODELRESPONSE']._serialized_end=348
-  _globals['_MODEL']._serialized_start=351
-  _globals['_MODEL']._serialized_end=674
-  _globals['_TENSORSPEC']._serialized_start=676
-  _globals['_TENSORSPEC']._serialized_end=781
-  _globals['_DIMENSION']._serialized_start=783
-  _globals['_DIMENSION']._serialized_end=824
-  _globals['_MODELSERVICE']._serialized_start=947
-  _globals['_MODELSERVICE']._serialized_end=1198
+  _globals['_MODELSERVICE'].methods_by_name['ListModels']._loaded_options = None
+  _globals['_MODELSERVICE'].methods_by_name['ListModels']._serialized_options = b'\202\323\344\223\002\014\022\n/v1/models'
+  _globals['_MODELSERVICE'].methods_by_name['GetModel']._loaded_options = None
+  _globals['_MODELSERVICE'].methods_by_name['GetModel']._serialized_options = b'\202\323\344\223\002\023\022\021/v1/models/{name}'
+  _globals['_MODELSERVICE'].methods_by_name['ScaleModel']._loaded_options = None
+  _globals['_MODELSERVICE'].methods_by_name['ScaleModel']._serialized_options = b'\202\323\344\223\002\035\"\030/v1/models/{model}:scale:\001*'
+  _globals['_MODELSTATE']._serialized_start=856
+  _globals['_MODELSTATE']._serialized_end=974
+  _globals['_LISTMODELSREQUEST']._serialized_start=99
+  _globals['_LISTMODELSREQUEST']._serialized_end=118
+  _globals['_LISTMODELSRESPONSE']._serialized_start=120
+  _globals['_LISTMODELSRESPONSE']._serialized_end=177
+  _globals['_GETMODELREQUEST']._serialized_start=179
+  _globals['_GETMODELREQUEST']._serialized_end=210
+  _globals['_GETMODELRESPONSE']._serialized_start=212
+  _globals['_GETMODELRESPONSE']._serialized_end=266
+  _globals['_SCALEMODELREQUEST']._serialized_start=268
+  _globals['_SCALEMODELREQUEST']._serialized_end=320
+  _globals['_SCALEMODELRESPONSE']._serialized_start=322
+  _globals['_SCALEMODELRESPONSE']._serialized_end=378
+  _globals['_MODEL']._serialized_start=381
+  _globals['_MODEL']._serialized_end=704
+  _globals['_TENSORSPEC']._serialized_start=706
+  _globals['_TENSORSPEC']._serialized_end=811
+  _globals['_DIMENSION']._serialized_start=813
+  _globals['_DIMENSION']._serialized_end=854
+  _globals['_MODELSERVICE']._serialized_start=977
+  _globals['_MODELSERVICE']._serialized_end=1312
 # @@protoc_insertion_point(module_scope)

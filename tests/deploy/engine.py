@@ -82,8 +82,10 @@ def prepare() -> None:
     if not plugin.exists():
         unpack("trixie", ("docker-compose",), TOOLS / "compose")
         plugin.parent.mkdir(parents=True, exist_ok=True)
-        found = next(path for path in (TOOLS / "compose" / "usr").rglob("docker-compose") if path.is_file())
-        shutil.copy2(found, plugin)
+        # Other files of the package have the same name: completions, and links.
+        found = [path for path in (TOOLS / "compose" / "usr").rglob("docker-compose") if path.is_file()]
+        shutil.copyfile(max(found, key=lambda path: path.stat().st_size), plugin)
+        plugin.chmod(0o755)
 
 
 @contextmanager

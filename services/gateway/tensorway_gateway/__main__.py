@@ -12,7 +12,8 @@ from tensorway_gateway.settings import GatewaySettings
 
 def main() -> int:
     settings = load_settings(GatewaySettings, sys.argv[1:], "tensorway gateway")
-    return run_service(Gateway(settings), settings)
+    gateway = Gateway(settings)
+    return run_service(gateway, settings, gateway.guard)
 
 
 if __name__ == "__main__":

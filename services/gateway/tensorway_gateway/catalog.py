@@ -44,11 +44,11 @@ class Catalog:
         """True once the registry has been read: before that no name can be called unknown."""
         return self._desired is not None and self._published is not None
 
-    def find(self, name: str) -> Model:
-        """The model of that name. Raises NotFound that lists the names there are."""
+    def find(self, name: str, sees: Callable[[str], bool] = lambda name: True) -> Model:
+        """The model of that name. Raises NotFound that lists the names there are, as far as who asks `sees` them."""
         model = self._models.get(name)
         if model is None:
-            raise self._unknown(name)
+            raise self._unknown(name, sees)
         return model
 
     def version(self, name: str, revision: str) -> str:
@@ -66,10 +66,10 @@ class Catalog:
             tasks.create_task(self._follow_nodes(), name="nodes")
             tasks.create_task(self._follow_reports(), name="node documents")
 
-    def _unknown(self, name: str) -> NotFound | Unavailable:
+    def _unknown(self, name: str, sees: Callable[[str], bool]) -> NotFound | Unavailable:
         if not self.is_known:
             return Unavailable("the gateway has not read the registry yet", retry_after_s=1.0)
-        known = ", ".join(self._models) or "none"
+        known = ", ".join(filter(sees, self._models)) or "none"
         if not name:
             return NotFound(f"no model is named; models known: {known}", field="model")
         return NotFound(f"model {name[:128]!r} is unknown here; models known: {known}", field="model")

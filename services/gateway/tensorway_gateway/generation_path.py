@@ -6,16 +6,22 @@ import asyncio
 import logging
 import time
 
+from tensorway.access.permissions import Action
 from tensorway.deadline import DEFAULT_TIMEOUT_S, Deadline
 from tensorway.errors import DeadlineExceeded, FailedPrecondition, NotFound, TensorwayError, Unavailable
+from tensorway.telemetry.trace_context import SpanContext
+from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway.transport.port import Call
 from tensorway_gateway.accounting import Accounting
 from tensorway_gateway.admission import Admission
 from tensorway_gateway.catalog import Catalog
-from tensorway_gateway.generation_wire import sequence_after, write_continued_head, write_generation_head, write_resume_head
+from tensorway_gateway.generation_wire import num_tokens, sequence_after, write_continued_head, write_generation_head, write_resume_head
+from tensorway_gateway.identity.access import OPEN, Access
+from tensorway_gateway.identity.caller import Caller
 from tensorway_gateway.models import Model, Revision
 from tensorway_gateway.relay import Reader, RelayLog, relay
 from tensorway_gateway.request_ids import RequestIds, id_trailer
+from tensorway_gateway.request_span import open_span, recorded
 from tensorway_gateway.requests import GenerationArrival, StreamPosition
 from tensorway_gateway.statistics import Statistics
 from tensorway_gateway.upstream import Upstream
@@ -26,45 +32,75 @@ _LOG = logging.getLogger(__name__)
 class GenerationPath:
     """Look up, admit, send, relay, go on elsewhere where an orchestrator is lost, count."""
 
-    def __init__(self, catalog: Catalog, admission: Admission, upstream: Upstream, statistics: Statistics) -> None:
+    def __init__(
+        self, catalog: Catalog, admission: Admission, upstream: Upstream, statistics: Statistics, tracer: Tracer = NO_TRACER,
+        access: Access = OPEN,
+    ) -> None:
         self._catalog = catalog
         self._admission = admission
         self._upstream = upstream
         self._accounting = Accounting(statistics)
         self._ids = RequestIds()
+        self._tracer = tracer
+        self._access = access
 
     def request_id(self, given: str) -> str:
         """The caller's id, or a new one. Raises InvalidRequest for one that is too long to carry along."""
         return self._ids.given_or_next(given)
 
-    def find(self, name: str) -> Model:
-        """The model of that name, which may not generate. Raises NotFound."""
-        return self._catalog.find(name)
+    def find(self, name: str, call: Call) -> Model:
+        """The model of that name, which may not generate, for who calls. Raises NotFound, PermissionDenied or Unauthenticated."""
+        caller = self._access.caller(call)
+        caller.permit(Action.INFER, name)
+        return self._catalog.find(name, caller.sees)
 
     async def run(self, arrival: GenerationArrival, call: Call, reader: Reader) -> None:
         """Runs one generation to the end of its stream, whose messages go to `reader`; raises the TensorwayError that says who must act.
         Sets the trailers either way."""
+        log = RelayLog(keeps_all=arrival.resume is None)
+        span = open_span(self._tracer, call, arrival.arrived_s) if self._tracer.is_on else None
+        if span is None:
+            await self._run(arrival, call, reader, log, None)
+            return
+        span.attributes |= self._access.span_attributes(call)
+        with recorded(self._tracer, span, arrival):
+            try:
+                await self._run(arrival, call, reader, log, span.context)
+            finally:
+                span.attributes["tensorway.num_messages"] = log.num_messages
+                if log.first_delta_s is not None:
+                    span.add_event("first token sent", log.first_delta_s)
+
+    async def _run(self, arrival: GenerationArrival, call: Call, reader: Reader, log: RelayLog, trace: SpanContext | None) -> None:
         model: Model | None = None
         revision: Revision | None = None
-        log = RelayLog(keeps_all=arrival.resume is None)
         call.set_trailers((id_trailer(arrival.request_id),))
         try:
             if arrival.resume is None:
-                model = self.find(arrival.model)
+                model = self.find(arrival.model, call)
                 revision = model.find(arrival.revision, is_version=arrival.is_version)
                 if revision.spec.generation is None:
                     raise FailedPrecondition(f"model {model.name!r} does not generate; use Infer", field="model")
-            await self._admitted(arrival, revision, call, log, reader)
+            caller = self._access.caller(call)
+            caller.enter()
+            try:
+                await self._admitted(arrival, revision, call, caller, log, reader, trace)
+            finally:
+                caller.leave(time.monotonic() - arrival.arrived_s)
+                if caller.meter.counts_tokens:
+                    caller.meter.spend_tokens(num_tokens(log.messages, log.num_messages), time.monotonic())
         except TensorwayError as error:
-            self._accounting.failed(arrival, model, revision, error)
+            self._access.count(error, Action.INFER)
+            self._accounting.failed(arrival, model, revision, error, trace)
             raise
         finally:
             first_delta_s = None if log.first_delta_s is None else log.first_delta_s - arrival.arrived_s
             self._accounting.relayed(revision, log.num_messages, first_delta_s)
-        self._accounting.streamed(arrival, revision)
+        self._accounting.streamed(arrival, revision, trace)
 
     async def _admitted(
-        self, arrival: GenerationArrival, revision: Revision | None, call: Call, log: RelayLog, reader: Reader
+        self, arrival: GenerationArrival, revision: Revision | None, call: Call, caller: Caller, log: RelayLog, reader: Reader,
+        trace: SpanContext | None,
     ) -> None:
         admission = self._admission
         admission.admit(arrival.num_bytes)
@@ -74,21 +110,24 @@ class GenerationPath:
             async with asyncio.timeout(deadline.remaining_s()):
                 if revision is None:
                     assert arrival.resume is not None
+                    if not caller.owns_stream(arrival.resume.stream_id):
+                        raise _unknown_stream(arrival.resume)
                     await self._resume(arrival.request_id, arrival.resume, deadline, log, reader)
                 else:
-                    await self._generate(arrival, revision, deadline, log, reader)
+                    await self._generate(arrival, revision, deadline, caller, log, reader, trace)
         except TimeoutError:
             raise _late(log) from None
         finally:
             admission.release(arrival.num_bytes, time.monotonic() - arrival.arrived_s)
 
     async def _generate(
-        self, arrival: GenerationArrival, revision: Revision, deadline: Deadline, log: RelayLog, reader: Reader
+        self, arrival: GenerationArrival, revision: Revision, deadline: Deadline, caller: Caller, log: RelayLog, reader: Reader,
+        trace: SpanContext | None,
     ) -> None:
         """A new stream. One whose orchestrator is lost goes on at another with what the client has; the same one may be asked again once
         it has done something, so that a stream outlives every orchestrator's restart."""
         spec = revision.spec
-        head: bytes | None = write_generation_head(arrival, spec.revision)
+        head: bytes | None = write_generation_head(arrival, spec.revision, trace, caller.new_stream_id())
         tried: set[str] = set()
         lost: Unavailable | None = None
         while head is not None:
@@ -100,10 +139,14 @@ class GenerationPath:
                 return
             except Unavailable as error:
                 lost = error
-                _LOG.debug("orchestrator %s lost a stream after %d messages: %s", orchestrator.id, log.num_messages, error)
+                fields = {"request_id": arrival.request_id, "model": arrival.model}
+                _LOG.debug(
+                    "orchestrator %s lost a stream after %d messages: %s", orchestrator.id, log.num_messages, error,
+                    extra={"fields": fields if trace is None else {**fields, "trace_id": trace.trace_id}},
+                )
             if log.num_messages > num_before:
                 tried.clear()
-                head = write_continued_head(arrival, spec.revision, log.messages)
+                head = write_continued_head(arrival, spec.revision, log.messages, trace)
 
     async def _resume(self, request_id: str, position: StreamPosition, deadline: Deadline, log: RelayLog, reader: Reader) -> None:
         """A stream that some orchestrator keeps: each is asked in turn. Raises NotFound where none knows it, and Unavailable where one that
@@ -128,9 +171,12 @@ class GenerationPath:
             elif lost is not None:
                 raise lost
             else:
-                raise NotFound(
-                    f"stream {position.stream_id[:64]!r} is not known here, or not any more; begin anew", field="resume.stream_id"
-                )
+                raise _unknown_stream(position)
+
+
+def _unknown_stream(position: StreamPosition) -> NotFound:
+    """The same for one that is another caller's: nobody learns which streams there are."""
+    return NotFound(f"stream {position.stream_id[:64]!r} is not known here, or not any more; begin anew", field="resume.stream_id")
 
 
 def _late(log: RelayLog) -> DeadlineExceeded:

@@ -8,6 +8,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from tensorway.errors import InternalError
+from tensorway.telemetry.trace_context import SpanContext
 from tensorway.tensor_message import varint
 from tensorway.v1 import inference_pb2, link_pb2
 from tensorway_gateway.requests import GenerationArrival
@@ -16,22 +17,26 @@ from tensorway_gateway.requests import GenerationArrival
 _GENERATE_TAG: Final = b"\x5a"
 
 
-def write_generation_head(arrival: GenerationArrival, revision: str) -> bytes:
-    """A serialised RequestHead of a new stream. The caller's message goes into it as it came."""
+def write_generation_head(arrival: GenerationArrival, revision: str, trace: SpanContext | None = None, stream_id: str = "") -> bytes:
+    """A serialised RequestHead of a new stream. The caller's message goes into it as it came. With `stream_id` "" the orchestrator draws
+    one."""
     head = link_pb2.RequestHead(
-        request_id=arrival.request_id, model=arrival.model, revision=revision, rows=1, priority=arrival.priority
+        request_id=arrival.request_id, model=arrival.model, revision=revision, rows=1, priority=arrival.priority,
+        traceparent="" if trace is None else trace.to_wire(), stream_id=stream_id,
     )
     return _with_generate(head, arrival.message)
 
 
-def write_continued_head(arrival: GenerationArrival, revision: str, messages: Sequence[bytes]) -> bytes | None:
+def write_continued_head(
+    arrival: GenerationArrival, revision: str, messages: Sequence[bytes], trace: SpanContext | None = None
+) -> bytes | None:
     """A serialised RequestHead of a stream that goes on after `messages`, all that its client has. None where that is the whole answer.
 
     Raises InternalError where the messages are none of a stream.
     """
     head = link_pb2.RequestHead(
         request_id=arrival.request_id, model=arrival.model, revision=revision, rows=1, priority=arrival.priority,
-        so_far=[link_pb2.GenerationSoFar() for _ in range(arrival.num_choices)],
+        so_far=[link_pb2.GenerationSoFar() for _ in range(arrival.num_choices)], traceparent="" if trace is None else trace.to_wire(),
     )
     for message in messages:
         response = _read(message)
@@ -65,6 +70,12 @@ def write_resume_head(request_id: str, stream_id: str, next_sequence: int) -> by
 def sequence_after(message: bytes) -> int:
     """Number of the message that follows `message`. Raises InternalError where it is none of a stream."""
     return _read(message).sequence + 1
+
+
+def num_tokens(messages: Sequence[bytes], num_messages: int) -> int:
+    """Generated tokens in the messages of a stream. Of messages that were not kept, one each: most hold one."""
+    deltas = (_read(message).delta for message in messages)
+    return sum(len(delta.token_ids) for delta in deltas if not delta.is_prompt) + num_messages - len(messages)
 
 
 def _with_generate(head: link_pb2.RequestHead, message: bytes) -> bytes:

@@ -9,6 +9,7 @@ from google.protobuf.message import DecodeError
 
 from tensorway.errors import InternalError, InvalidRequest
 from tensorway.parameter_message import read_parameters, write_parameters
+from tensorway.telemetry.trace_context import SpanContext
 from tensorway.tensors import Buffer, DataType, TensorHead
 from tensorway.transport.port import Payload
 from tensorway.v1 import link_pb2
@@ -18,7 +19,9 @@ from tensorway_gateway.requests import MAX_NUM_ITEMS, Answer, Arrival, Timing, V
 DTYPES: Final[dict[int, DataType]] = {int(dtype): dtype for dtype in DataType}
 
 
-def write_request_head(arrival: Arrival, revision: str, rows: int, idempotency_key: str = "") -> bytes:
+def write_request_head(
+    arrival: Arrival, revision: str, rows: int, idempotency_key: str = "", trace: SpanContext | None = None
+) -> bytes:
     """A serialised RequestHead. The tensors' bytes follow as the payload, in the same order."""
     head = link_pb2.RequestHead(
         request_id=arrival.request_id,
@@ -34,6 +37,8 @@ def write_request_head(arrival: Arrival, revision: str, rows: int, idempotency_k
     )
     if idempotency_key:
         head.idempotency_key = idempotency_key
+    if trace is not None:
+        head.traceparent = trace.to_wire()
     if arrival.parameters:
         write_parameters(arrival.parameters, head.parameters)
     if arrival.explain:

@@ -10,6 +10,7 @@ from typing import Protocol
 from tensorway.errors import TensorwayError
 from tensorway.transport.port import Payload
 from tensorway_orchestrator.pool import Group, Sending
+from tensorway_orchestrator.request_trace import BatchTrace, message_of
 from tensorway_orchestrator.requests import Request
 from tensorway_orchestrator.retry import stuck_after_s
 
@@ -40,6 +41,8 @@ class BatchAttempt:
     sending: Sending
     #: Keeps all else off the group meanwhile; None where others may be there.
     exclusion: Sending | None = None
+    #: None where no request in it is sampled.
+    trace: BatchTrace | None = None
     link_id: int = -1
     #: Whether its requests may still be hedged.
     may_hedge: bool = False
@@ -58,17 +61,25 @@ class BatchAttempt:
 
     def on_reply(self, head: bytes, payload: Payload) -> None:
         self._end()
+        ended_s = 0.0 if self.trace is None else time.monotonic()
         self.listener.answered(self, head, payload)
+        if self.trace is not None:
+            self.trace.ended(ended_s)
 
     def on_error(self, error: TensorwayError) -> None:
         self._end()
+        ended_s = 0.0 if self.trace is None else time.monotonic()
         self.listener.lost(self, error)
+        if self.trace is not None:
+            self.trace.ended(ended_s, message_of(error))
 
     def left(self) -> None:
         """A request was closed; once all are, the batch is cancelled on the group."""
         if not self.is_over and not any(request.is_open for request in self.requests):
             self._end()
             self.group.link.cancel(self.link_id)
+            if self.trace is not None:
+                self.trace.ended(time.monotonic(), "CANCELLED: nobody waits for it any more")
             self.listener.pump()
 
     def _end(self) -> None:

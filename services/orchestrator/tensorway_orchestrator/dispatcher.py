@@ -17,6 +17,7 @@ from tensorway.registry.port import DESIRED, REVISIONS, Registry
 from tensorway.resilience import Fallback
 from tensorway.revisions import decode_revision
 from tensorway.signature import RevisionSpec
+from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway.transport.port import Exchange
 from tensorway_orchestrator import generation_wire, wire
 from tensorway_orchestrator.admission import HeldBytes
@@ -43,8 +44,9 @@ _LOG = logging.getLogger(__name__)
 class Dispatcher:
     """One lane per known revision. `on_exchange` is the link's handler."""
 
-    def __init__(self, settings: OrchestratorSettings, metrics: OrchestratorMetrics) -> None:
+    def __init__(self, settings: OrchestratorSettings, metrics: OrchestratorMetrics, tracer: Tracer = NO_TRACER) -> None:
         self._settings = settings
+        self._tracer = tracer
         self._metrics = metrics
         self._policy = RetryPolicy(max_attempts=settings.max_attempts)
         self._held = HeldBytes(settings.max_queue_bytes)
@@ -100,15 +102,15 @@ class Dispatcher:
         elif envelope.is_generation:
             raise FailedPrecondition(f"model {lane.spec.model!r} does not generate; use Infer", field="model")
         else:
-            lane.offer(wire.read_request(envelope, exchange, lane.rule, time.monotonic()))
+            lane.offer(wire.read_request(envelope, exchange, lane.rule, time.monotonic(), self._tracer))
 
     def _generate(self, lane: GenerationLane, envelope: wire.Envelope, exchange: Exchange) -> None:
         if envelope.is_explanation:
             raise FailedPrecondition(f"model {lane.spec.model!r} generates, which is not explained; use Generate or Infer", field="model")
         if not envelope.is_generation:
-            WholeTexts(lane, exchange, envelope.head).start()
+            WholeTexts(lane, exchange, envelope.head, self._tracer).start()
             return
-        generation = generation_wire.read_generation(envelope.head, exchange.head)
+        generation = generation_wire.read_generation(envelope.head, exchange.head, self._tracer)
         found = self._streams.find(generation.stream_id)
         if found is not None and found[1].log.base <= generation.next_sequence <= found[1].log.end:
             # Only the link to this orchestrator was lost, not what it knew.

@@ -187,8 +187,9 @@ class GenerationLane:
         now_s = time.monotonic()
         stream, record = choice.stream, choice.record
         record.num_attempts += 1
-        head = generation_wire.write_attempt(next(_ATTEMPT_IDS), group.epoch, choice, stream.deadline_s - now_s)
         attempt = Attempt(self, group, choice, now_s, stream.deadline_s)
+        span = None if attempt.span is None else attempt.span.context
+        head = generation_wire.write_attempt(next(_ATTEMPT_IDS), group.epoch, choice, stream.deadline_s - now_s, span)
         try:
             attempt.link_id = group.link.send(head, (), Deadline(stream.deadline_s), attempt)
         except Unavailable:

@@ -11,9 +11,12 @@ from google.protobuf.message import DecodeError
 
 from tensorway.errors import InvalidRequest
 from tensorway.signature import RevisionSpec
+from tensorway.telemetry.trace_context import SpanContext
+from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway.tensor_message import varint
 from tensorway.v1 import inference_pb2, link_pb2
 from tensorway_orchestrator.prefixes import hash_blocks
+from tensorway_orchestrator.request_trace import traces_of, with_trace
 from tensorway_orchestrator.streams import Choice, Generation
 from tensorway_orchestrator.transcript import Transcript
 
@@ -99,9 +102,9 @@ def started(generation: Generation, spec: RevisionSpec) -> WirePiece:
     )))
 
 
-def read_generation(head: link_pb2.RequestHead, head_bytes: bytes) -> Generation:
-    """What a gateway passed on. Draws the stream's id, and the seed where none is given. Raises InvalidRequest for what this orchestrator
-    must know to serve it; the leader looks at the rest."""
+def read_generation(head: link_pb2.RequestHead, head_bytes: bytes, tracer: Tracer = NO_TRACER) -> Generation:
+    """What a gateway passed on. Draws the seed where none is given, and the stream's id: a gateway that knows its callers gives one that
+    says whose the stream is. Raises InvalidRequest for what this orchestrator must know to serve it; the leader looks at the rest."""
     request = head.generate
     num_choices = request.num_choices or 1
     if num_choices > _MAX_CHOICES:
@@ -127,21 +130,23 @@ def read_generation(head: link_pb2.RequestHead, head_bytes: bytes) -> Generation
         seed=seed,
         head=head_bytes,
         blocks=hash_blocks(_prompt_bytes(request)),
-        stream_id=head.stream_id if so_far else secrets.token_urlsafe(_STREAM_ID_BYTES),
+        stream_id=head.stream_id or secrets.token_urlsafe(_STREAM_ID_BYTES),
         next_sequence=head.next_sequence if so_far else 0,
         so_far=so_far,
+        traces=traces_of(head.traceparent, tracer, num_choices),
     )
 
 
-def write_attempt(batch_id: int, epoch: int, choice: Choice, remaining_s: float) -> bytes:
-    """Head of the request that has a leader begin or continue one choice."""
+def write_attempt(batch_id: int, epoch: int, choice: Choice, remaining_s: float, span: SpanContext | None = None) -> bytes:
+    """Head of the request that has a leader begin or continue one choice; `span` is the attempt's, where it is sampled."""
     generation, transcript = choice.stream.generation, choice.transcript
     attempt = link_pb2.GenerationAttempt(choice=choice.index, seed=generation.seed, num_attempts=choice.record.num_attempts)
     if transcript.token_ids or transcript.has_prompt:
         attempt.so_far.token_ids.extend(transcript.token_ids)
         attempt.so_far.has_prompt = transcript.has_prompt
+    head = generation.head if span is None else with_trace(generation.head, span)
     return link_pb2.BatchHead(
-        batch_id=batch_id, epoch=epoch, requests=[generation.head], remaining_us=[max(1, int(remaining_s * 1e6))], generation=attempt
+        batch_id=batch_id, epoch=epoch, requests=[head], remaining_us=[max(1, int(remaining_s * 1e6))], generation=attempt
     ).SerializeToString()
 
 

@@ -28,6 +28,7 @@ from tensorway_orchestrator.open_requests import OpenRequests
 from tensorway_orchestrator.outlook import Outlook
 from tensorway_orchestrator.pool import Group
 from tensorway_orchestrator.recovery import Recovery
+from tensorway_orchestrator.request_trace import begun
 from tensorway_orchestrator.requests import Request, RequestQueue
 from tensorway_orchestrator.retry import RetryBudget, RetryPolicy
 from tensorway_orchestrator.roster import Roster
@@ -95,8 +96,7 @@ class Lane:
         self.meter.arrived(request.weight, now_s)
         refused = refusal(request, self.spec, self.limits, self._load(request, now_s), now_s) or self.recovery.refusal(request, now_s)
         if refused is not None:
-            self.metrics.failed(refused.status.name)
-            request.origin.fail(refused)
+            self.open.refuse(request, refused)
             return
         self.budget.deposit()
         if self.hedger is not None:
@@ -238,13 +238,14 @@ class Lane:
         self.pump()
 
     def _send(self, group: Group, requests: list[Request], now_s: float) -> None:
-        head, payload = wire.write_batch(next(_BATCH_IDS), group.epoch, requests, now_s)
         rows = 0
         for request in requests:
             rows += request.weight
             request.num_attempts += 1
+        trace = begun(requests, group.id, rows, now_s)
+        head, payload = wire.write_batch(next(_BATCH_IDS), group.epoch, requests, now_s, trace)
         exclusion = group.begin(rows, now_s) if requests[0].alone else None
-        attempt = BatchAttempt(self, group, requests, group.begin(rows, now_s), exclusion)
+        attempt = BatchAttempt(self, group, requests, group.begin(rows, now_s), exclusion, trace)
         for request in requests:
             request.carriers.append(attempt)
         try:

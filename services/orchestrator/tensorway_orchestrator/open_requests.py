@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 
@@ -11,7 +12,10 @@ from tensorway.transport.port import Payload
 from tensorway_orchestrator.admission import HeldBytes
 from tensorway_orchestrator.metrics import LaneMetrics
 from tensorway_orchestrator.outlook import Outlook
+from tensorway_orchestrator.request_trace import log_fields, message_of
 from tensorway_orchestrator.requests import Request, RequestQueue
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +37,14 @@ class OpenRequests:
         request.on_close = timer.cancel
         request.origin.on_cancel(lambda: self._withdraw(request))
 
+    def refuse(self, request: Request, error: TensorwayError) -> None:
+        """The request is not admitted."""
+        if request.trace is not None:
+            request.trace.closed(time.monotonic(), message_of(error))
+        self.metrics.failed(error.status.name)
+        self._log("request refused: %s", request, error)
+        request.origin.fail(error)
+
     def answer(self, request: Request, sent_s: float, head: bytes, payload: Payload) -> None:
         """The first answer counts; `sent_s` is when its attempt began."""
         self._close(request)
@@ -44,8 +56,16 @@ class OpenRequests:
     def fail(self, request: Request, error: TensorwayError) -> None:
         """The request ends with `error`."""
         self._close(request)
+        if request.trace is not None:
+            request.trace.closed(time.monotonic(), message_of(error))
         self.metrics.failed(error.status.name)
+        self._log("request failed: %s", request, error)
         request.origin.fail(error)
+
+    def _log(self, message: str, request: Request, error: TensorwayError) -> None:
+        if _LOG.isEnabledFor(logging.DEBUG):
+            fields = {"model": self.model, "status": error.status.name, "attempts": request.num_attempts}
+            _LOG.debug(message, error.message, extra={"fields": {**log_fields(request.request_id, request.trace), **fields}})
 
     def give_up(self, request: Request, error: TensorwayError) -> None:
         """An admitted request is not answered in time: admission promised too much."""
@@ -68,6 +88,8 @@ class OpenRequests:
         """The gateway has cancelled it, or is gone."""
         if request.is_open:
             self._close(request)
+            if request.trace is not None:
+                request.trace.closed(time.monotonic(), "CANCELLED: the caller has gone")
             if request.promise is not None and time.monotonic() >= request.deadline_s:
                 self.outlook.missed(request.promise)  # the gateway's timer was the quicker one
             self.metrics.failed("CANCELLED")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,9 +19,11 @@ from tensorway_orchestrator.hedging import Hedger
 from tensorway_orchestrator.metrics import LaneMetrics
 from tensorway_orchestrator.open_requests import OpenRequests
 from tensorway_orchestrator.quarantine import MAX_DEATHS, Death, Quarantine
+from tensorway_orchestrator.request_trace import log_fields, message_of
 from tensorway_orchestrator.requests import Request
 from tensorway_orchestrator.retry import RetryBudget, RetryPolicy, pause_s, should_retry
 
+_LOG = logging.getLogger(__name__)
 _ALONE: Final = count(1)
 
 
@@ -56,6 +59,8 @@ class Recovery:
             if not request.is_open:
                 continue
             request.num_lost += 1
+            if attempt.trace is not None:
+                attempt.trace.failed(request, message_of(error))
             if attempt.group.id not in request.lost_groups:
                 request.lost_groups = (*request.lost_groups, attempt.group.id)
             if is_death:
@@ -69,6 +74,9 @@ class Recovery:
                 self.open.fail(request, error)
         if again:
             self.metrics.retried(len(again))
+            for request in again:
+                fields = {"model": self.model, "group": attempt.group.id, "attempts": request.num_attempts}
+                _LOG.debug("request lost: %s", error.message, extra={"fields": {**log_fields(request.request_id, request.trace), **fields}})
             # One pause for all: apart, they would come back as many small batches.
             delay_s = pause_s(max(request.num_lost for request in again), random.random())
             asyncio.get_running_loop().call_later(delay_s, self._come_back, again)

@@ -14,6 +14,7 @@ from tensorway_orchestrator.quarantine import Death
 
 if TYPE_CHECKING:
     from tensorway_orchestrator.outlook import Promise
+    from tensorway_orchestrator.request_trace import RequestTrace
 
 #: Requests that do not fit into a batch are passed over, at most this many, before the batch is closed as it is.
 _MAX_PASSED_OVER: Final = 16
@@ -50,6 +51,8 @@ class Request:
     origin: Exchange
     #: Comes alone, and its time says nothing about that of a step.
     is_explanation: bool = False
+    #: None where it is not sampled.
+    trace: RequestTrace | None = None
     #: Attempts of all kinds, and how many of them were hedges.
     num_attempts: int = 0
     num_hedges: int = 0

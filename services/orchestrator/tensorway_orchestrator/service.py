@@ -44,7 +44,7 @@ class Orchestrator:
     async def start(self, context: ServiceContext) -> None:
         self._context = context
         metrics = OrchestratorMetrics(context.metrics)
-        dispatcher = self._dispatcher = Dispatcher(self._settings, metrics)
+        dispatcher = self._dispatcher = Dispatcher(self._settings, metrics, context.tracer)
         RosterCollector(dispatcher.rosters, context.metrics)
         self._links = LinkServer(dispatcher.on_exchange, self._settings.max_message_bytes)
         self._links.attach(context.server)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tensorway.transport.port import Exchange
 from tensorway_orchestrator.message_log import MessageLog
 from tensorway_orchestrator.survival import Record
 from tensorway_orchestrator.transcript import Piece, Transcript
+
+if TYPE_CHECKING:
+    from tensorway_orchestrator.request_trace import RequestTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class Generation:
     so_far: tuple[Transcript, ...] = ()
     #: Whether anybody knows its id.
     is_resumable: bool = True
+    #: One for each choice; none where it is not sampled.
+    traces: tuple[RequestTrace, ...] = ()
 
 
 class Running(Protocol):
@@ -53,6 +58,8 @@ class Choice:
     ticket: int = 0
     #: Text without a token: the end of an answer, which a group that resumes the choice would say again. Held for what follows it.
     held: Piece | None = None
+    #: None where it is not sampled.
+    trace: RequestTrace | None = None
 
     def take(self, piece: Piece) -> tuple[Piece, ...]:
         """What becomes of a message of the group: none, one or two for the log. Raises InvalidRequest where it does not follow."""
@@ -70,6 +77,8 @@ class Choice:
         attempt, self.attempt, self.held = self.attempt, None, None
         if attempt is not None:
             attempt.cancel()
+        if self.trace is not None and not self.transcript.is_finished:
+            self.trace.stopped()
 
 
 @dataclass(slots=True, eq=False)
@@ -141,6 +150,10 @@ def open_stream(generation: Generation, arrived_s: float, deadline_s: float) -> 
     stream = Stream(generation, arrived_s, deadline_s, log)
     transcripts = generation.so_far or tuple(Transcript() for _ in range(generation.num_choices))
     stream.choices = tuple(
-        Choice(index, stream, transcript, Record(num_attempts=int(bool(generation.so_far)))) for index, transcript in enumerate(transcripts)
+        Choice(
+            index, stream, transcript, Record(num_attempts=int(bool(generation.so_far))),
+            trace=generation.traces[index] if generation.traces else None,
+        )
+        for index, transcript in enumerate(transcripts)
     )
     return stream

@@ -9,6 +9,7 @@ from typing import Any, Final
 from tensorway.errors import InvalidRequest
 from tensorway.parameter_message import read_parameters
 from tensorway.signature import RevisionSpec
+from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway.tensors import DataType, check_bytes_elements, decode_bytes, encode_bytes
 from tensorway.transport.port import Payload
 from tensorway.v1 import inference_pb2, link_pb2
@@ -31,7 +32,7 @@ class FinishedText:
     group: str = ""
 
 
-def read_rows(head: Head, spec: RevisionSpec, payload: Payload) -> list[Generation]:
+def read_rows(head: Head, spec: RevisionSpec, payload: Payload, tracer: Tracer = NO_TRACER) -> list[Generation]:
     """A generation for each row of the one input. Raises InvalidRequest, naming the input or the parameter at fault."""
     name = spec.signature.inputs[0].name
     if [tensor.name for tensor in head.inputs] != [name] or int(head.inputs[0].dtype) != int(DataType.BYTES):
@@ -50,7 +51,7 @@ def read_rows(head: Head, spec: RevisionSpec, payload: Payload) -> list[Generati
             request_id=head.request_id, model=spec.model, revision=spec.revision, rows=1, priority=head.priority,
             traceparent=head.traceparent, generate=request,
         )
-        generations.append(replace(read_generation(row, row.SerializeToString()), is_resumable=False))
+        generations.append(replace(read_generation(row, row.SerializeToString(), tracer), is_resumable=False))
     return generations
 
 

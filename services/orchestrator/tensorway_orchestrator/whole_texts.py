@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from tensorway.deadline import Deadline
 from tensorway.errors import TensorwayError
+from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway.transport.port import TOKEN_CREDIT, Exchange, Payload
 from tensorway_orchestrator import text_wire
 from tensorway_orchestrator.generation_lane import GenerationLane
@@ -18,10 +19,11 @@ from tensorway_orchestrator.text_wire import FinishedText
 class WholeTexts:
     """One request."""
 
-    def __init__(self, lane: GenerationLane, origin: Exchange, head: text_wire.Head) -> None:
+    def __init__(self, lane: GenerationLane, origin: Exchange, head: text_wire.Head, tracer: Tracer = NO_TRACER) -> None:
         self._lane = lane
         self._origin = origin
         self._head = head
+        self._tracer = tracer
         self._arrived_s = time.monotonic()
         self._rows: list[_Row] = []
         self._streams: list[Stream] = []
@@ -30,7 +32,7 @@ class WholeTexts:
 
     def start(self) -> None:
         """Opens the streams. Raises InvalidRequest for inputs or parameters that no stream can be made of."""
-        generations = text_wire.read_rows(self._head, self._lane.spec, self._origin.payload)
+        generations = text_wire.read_rows(self._head, self._lane.spec, self._origin.payload, self._tracer)
         self._num_missing = len(generations)
         self._rows = [_Row(generation.head, self._origin.deadline, self._row_finished, self._row_failed) for generation in generations]
         self._origin.on_cancel(self._cancel)

@@ -12,12 +12,14 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from tensorway.errors import InvalidRequest, TensorwayError
+from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway.tensors import Buffer
 from tensorway.transport.error_detail import from_detail
 from tensorway.transport.port import Exchange, Payload
 from tensorway.v1 import link_pb2
 from tensorway_orchestrator.batching import ShapeRule
 from tensorway_orchestrator.group_record import SentBatch
+from tensorway_orchestrator.request_trace import BatchTrace, RequestTrace
 from tensorway_orchestrator.requests import Request
 
 _EXPLANATIONS: Final = count()
@@ -57,7 +59,7 @@ def read_envelope(head: bytes) -> Envelope:
     return Envelope(message.model, message.revision, message)
 
 
-def read_request(envelope: Envelope, exchange: Exchange, rule: ShapeRule, now_s: float) -> Request:
+def read_request(envelope: Envelope, exchange: Exchange, rule: ShapeRule, now_s: float, tracer: Tracer = NO_TRACER) -> Request:
     """The request as the queue holds it."""
     message = envelope.head
     key: tuple[int, ...] = ()
@@ -79,15 +81,18 @@ def read_request(envelope: Envelope, exchange: Exchange, rule: ShapeRule, now_s:
         arrived_s=now_s,
         origin=exchange,
         is_explanation=is_explanation,
+        trace=RequestTrace.of(message.traceparent, tracer, now_s),
     )
 
 
-def write_batch(batch_id: int, epoch: int, requests: Sequence[Request], now_s: float) -> tuple[bytes, Payload]:
+def write_batch(
+    batch_id: int, epoch: int, requests: Sequence[Request], now_s: float, trace: BatchTrace | None = None
+) -> tuple[bytes, Payload]:
     """Head and payload of one batch: the requests' own heads and segments, none of them copied."""
     head = link_pb2.BatchHead(
         batch_id=batch_id,
         epoch=epoch,
-        requests=[request.head for request in requests],
+        requests=[request.head for request in requests] if trace is None else [trace.head_of(request) for request in requests],
         remaining_us=[max(1, int((request.deadline_s - now_s) * 1e6)) for request in requests],
     ).SerializeToString()
     return head, tuple(segment for request in requests for segment in request.payload)

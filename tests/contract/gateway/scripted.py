@@ -216,8 +216,8 @@ async def _start_gateway(
     registry: DirectoryRegistry, tasks: asyncio.TaskGroup, implementation: str, orchestrators: list[ScriptedOrchestrator],
     overrides: dict[str, object],
 ) -> Mesh:
-    server = create_server(ServerOptions("127.0.0.1:0", implementation))
     gateway = Gateway(GatewaySettings(**overrides))  # type: ignore[arg-type]
+    server = gateway.guard(create_server(ServerOptions("127.0.0.1:0", implementation)))
     health = HealthService(("", *gateway.reflected))
     health.attach(server)
     add_reflection(server, gateway.reflected)

@@ -40,6 +40,12 @@ def generator() -> ModuleType:
     spec.loader.exec_module(module)
     return module
 
+#: Commands that have commands of their own.
+SECOND_WORDS = {
+    "models": ("list", "show", "fetch", "scale", "load"), "keys": ("create", "rotate", "revoke", "list", "check"), "certs": ("create",),
+    "logs": ("level",),
+}
+
 
 def test_generated_parts_are_fresh() -> None:
     assert [relative(path) for path in generator().stale_files()] == [], "run `python -m docs.generate`"
@@ -122,7 +128,7 @@ def test_tensorway_commands_exist_with_their_flags() -> None:
     assert len(commands) > 20
     for place, command in commands:
         words = command.split()[1:]
-        has_two = words[0] == "models" and words[1:2] and words[1] in ("list", "show", "fetch", "scale", "load")
+        has_two = len(words) > 1 and words[1] in SECOND_WORDS.get(words[0], ())
         sub_command = words[:2] if has_two else words[:1]
         shown = help_of(*sub_command)
         for flag in re.findall(r"(?<!\S)--[a-z-]+", command):

@@ -8,12 +8,14 @@ from typing import Final
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
+from tensorway.access.permissions import Action
 from tensorway.errors import InvalidRequest
 from tensorway.loads import ModelLoad, decode_loads, load_key
 from tensorway.registry.port import GATEWAY, GROUP, NODE, ORCHESTRATOR, Registry
 from tensorway.transport.port import Call, Server
 from tensorway.v1 import mesh_pb2
 from tensorway_gateway.catalog import Catalog
+from tensorway_gateway.identity.access import OPEN, Access
 from tensorway_gateway.load import SummedLoad, sum_loads
 from tensorway_gateway.servicers.registry_time import answered_in_time
 
@@ -25,9 +27,10 @@ _KINDS: Final = (GATEWAY, ORCHESTRATOR, NODE, GROUP)
 class MeshServicer:
     """Answers GetTopology and GetLoad straight from the registry."""
 
-    def __init__(self, registry: Registry, catalog: Catalog) -> None:
+    def __init__(self, registry: Registry, catalog: Catalog, access: Access = OPEN) -> None:
         self._registry = registry
         self._catalog = catalog
+        self._access = access
 
     def attach(self, server: Server) -> None:
         server.add_unary(f"/{SERVICE}/GetTopology", self.get_topology)
@@ -50,7 +53,11 @@ class MeshServicer:
             name = mesh_pb2.GetLoadRequest.FromString(message).model
         except DecodeError as error:
             raise InvalidRequest("the message is no GetLoadRequest", field="request") from error
-        models = [self._catalog.find(name)] if name else list(self._catalog.models.values())
+        caller = self._access.caller(call)
+        if name:
+            models = [self._catalog.find(name, caller.sees)]
+        else:
+            models = [model for model in self._catalog.models.values() if caller.grants.allows(Action.OBSERVE, model.name)]
         async with answered_in_time(call):
             said = [(each.id, await self._said(each.id)) for each in await self._registry.registrations(ORCHESTRATOR)]
         return mesh_pb2.GetLoadResponse(loads=[_write(sum_loads(model, said)) for model in models]).SerializeToString()

@@ -13,6 +13,7 @@ from tensorway.signature import TensorSpec
 from tensorway.transport.port import Call, Server
 from tensorway.v1 import model_pb2
 from tensorway_gateway.catalog import Catalog
+from tensorway_gateway.identity.access import OPEN, Access
 from tensorway_gateway.models import Model, ModelState
 from tensorway_gateway.scale import check_replicas, with_replicas
 from tensorway_gateway.servicers.registry_time import answered_in_time
@@ -28,9 +29,10 @@ _STATES: Final = {
 class ModelServicer:
     """Answers ListModels, GetModel and ScaleModel."""
 
-    def __init__(self, catalog: Catalog, registry: Registry) -> None:
+    def __init__(self, catalog: Catalog, registry: Registry, access: Access = OPEN) -> None:
         self._catalog = catalog
         self._registry = registry
+        self._access = access
 
     def attach(self, server: Server) -> None:
         server.add_unary(f"/{SERVICE}/ListModels", self.list_models)
@@ -42,21 +44,24 @@ class ModelServicer:
             model_pb2.ListModelsRequest.FromString(message)
         except DecodeError as error:
             raise InvalidRequest("the message is no ListModelsRequest", field="request") from error
-        return model_pb2.ListModelsResponse(models=[_write(model) for model in self._catalog.models.values()]).SerializeToString()
+        sees = self._access.caller(call).sees
+        return model_pb2.ListModelsResponse(
+            models=[_write(model) for model in self._catalog.models.values() if sees(model.name)]
+        ).SerializeToString()
 
     async def get_model(self, message: bytes, call: Call) -> bytes:
         try:
             name = model_pb2.GetModelRequest.FromString(message).name
         except DecodeError as error:
             raise InvalidRequest("the message is no GetModelRequest", field="request") from error
-        return model_pb2.GetModelResponse(model=_write(self._catalog.find(name))).SerializeToString()
+        return model_pb2.GetModelResponse(model=_write(self._catalog.find(name, self._access.caller(call).sees))).SerializeToString()
 
     async def scale_model(self, message: bytes, call: Call) -> bytes:
         try:
             request = model_pb2.ScaleModelRequest.FromString(message)
         except DecodeError as error:
             raise InvalidRequest("the message is no ScaleModelRequest", field="request") from error
-        model = self._catalog.find(request.model)
+        model = self._catalog.find(request.model, self._access.caller(call).sees)
         spec = model.serving.spec
         check_replicas(spec, request.replicas)
         key = f"{DESIRED}{spec.model}"

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from tensorway.compat import grpc_service_pb2
 from tensorway.deadline import Deadline
-from tensorway.errors import Cancelled, InvalidRequest, NotFound, TensorwayError, Unavailable
+from tensorway.errors import Cancelled, InvalidRequest, NotFound, PermissionDenied, TensorwayError, Unauthenticated, Unavailable
 from tensorway.tensor_message import varint
 from tensorway.transport.port import Server, Stream
 from tensorway_gateway.generation_path import GenerationPath
@@ -82,6 +82,11 @@ class _Part:
     def peer_names(self) -> tuple[str, ...]:
         return self._stream.peer_names
 
+    @property
+    def caller(self) -> object:
+        """Who opened the stream, where anybody asked."""
+        return getattr(self._stream, "caller", None)
+
     def set_trailers(self, trailers: Sequence[tuple[str, str | bytes]]) -> None:
         """A stream's trailers would be those of its last request."""
 
@@ -94,6 +99,7 @@ class _Conversation:
 
     def __init__(self, stream: Stream, path: RequestPath, generations: GenerationPath) -> None:
         self._stream = stream
+        self._part = _Part(stream)
         self._path = path
         self._generations = generations
         self._room = asyncio.Semaphore(MAX_RUNNING)
@@ -133,8 +139,8 @@ class _Conversation:
         except DecodeError as error:
             raise InvalidRequest("the message is no ModelInferRequest", field="request") from error
         try:
-            spec = self._generations.find(request.model_name).find(request.model_version, is_version=True).spec
-        except (NotFound, Unavailable, InvalidRequest):
+            spec = self._generations.find(request.model_name, self._part).find(request.model_version, is_version=True).spec
+        except (NotFound, Unavailable, InvalidRequest, PermissionDenied, Unauthenticated):
             # The way of an ordinary request finds the same, and counts it.
             return request.model_version, False
         return spec.version, spec.generation is not None
@@ -151,14 +157,14 @@ class _Conversation:
 
     async def _infer(self, arrival: Arrival, request: grpc_service_pb2.ModelInferRequest, version: str) -> bytes:
         try:
-            answered = await self._path.run(arrival, _Part(self._stream))
+            answered = await self._path.run(arrival, self._part)
         except TensorwayError as error:
             return await self._failed(error, request, version)
         return _wrapped(write_response(answered, request, is_last_of_stream=True))
 
     async def _generate(self, generation: OipGeneration, request: grpc_service_pb2.ModelInferRequest, version: str) -> None:
         try:
-            await self._generations.run(generation.arrival, _Part(self._stream), generation)
+            await self._generations.run(generation.arrival, self._part, generation)
         except TensorwayError as error:
             await self._write(await self._failed(error, request, version))
         finally:

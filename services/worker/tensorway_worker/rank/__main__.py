@@ -17,7 +17,8 @@ def main() -> int:
     launch = read_launch(sys.stdin.fileno())
     from tensorway.telemetry.logs import configure_logs
 
-    configure_logs("rank", launch.group, launch.log_level, launch.log_format)
+    fields = {"group": launch.group, "model": launch.model, "epoch": launch.epoch, "rank": launch.rank}
+    configure_logs("rank", launch.group, launch.log_level, launch.log_format, fields=fields)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, launch.threads)))
     import uvloop

@@ -36,6 +36,8 @@ class Batch:
     epoch: int
     requests: tuple[Request | TensorwayError, ...]
     num_bytes: int
+    #: Of the first sampled request in it, as the orchestrator wrote it; empty: none is sampled.
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,12 @@ class Codec:
         requests = tuple(self._request(one, body, now_s, us) for one, us in zip(heads, remaining, strict=True))
         if body.num_left:
             raise InvalidRequest(f"{body.num_left} bytes follow the last tensor of the batch", field="body")
-        return Batch(message.batch_id, message.epoch, requests, body.num_bytes)
+        traceparent = ""
+        for one in heads:
+            if one.traceparent:
+                traceparent = one.traceparent
+                break
+        return Batch(message.batch_id, message.epoch, requests, body.num_bytes, traceparent)
 
     def _request(self, head: link_pb2.RequestHead, body: _Body, now_s: float, remaining_us: int) -> Request | TensorwayError:
         # Serialised heads are the cheapest key there is; reading their fields one by one costs more than the whole rest.

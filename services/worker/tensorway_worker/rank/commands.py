@@ -13,6 +13,7 @@
     save      n   write your trained weights
     result    n   to the leader: the outcome of number n
     failed    n   to the leader: why there will be none
+    side          beside the steps, and not numbered: see `side_calls.py`
 
 Numbers are the leader's; every rank runs all of them, in order.
 """
@@ -42,6 +43,7 @@ UPDATE: Final = "update"
 SAVE: Final = "save"
 RESULT: Final = "result"
 FAILED: Final = "failed"
+SIDE: Final = "side"
 
 _ERRORS: Final[dict[str, type[TensorwayError]]] = {
     "invalid": InvalidRequest, "precondition": FailedPrecondition, "memory": OutOfMemory, "model": ModelFailed,

@@ -10,11 +10,16 @@ other end belongs to none of them is a stranger's.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from torch.distributed.distributed_c10d import Store
+
+from tensorway_worker.rank.group_port import GroupLost
 
 #: States in /proc/net/tcp (Linux, include/net/tcp_states.h).
 _ESTABLISHED: Final = "01"
@@ -56,6 +61,15 @@ class Door:
         """The other ends of connections that came in by this door and are not `known`."""
         came_in = {one.remote for one in _sockets() if one.state == _ESTABLISHED and _port(one.local) in self._ports}
         return came_in - known
+
+
+def refuse_strangers(door: Door, store: Store, rank: int, world_size: int, epoch: int) -> None:
+    """Raises GroupLost where somebody else has connected before the door was closed: he could stay for as long as this epoch lives."""
+    others = [other for other in range(world_size) if other != rank]
+    store.set(f"ends/{rank}", json.dumps(sorted(door.own_ends())))
+    known = {end for other in others for end in json.loads(store.get(f"ends/{other}"))}
+    if strangers := door.strangers(known):
+        raise GroupLost(f"{len(strangers)} connections that are no rank's were open to rank {rank} of epoch {epoch}")
 
 
 def _port(end: str) -> str:

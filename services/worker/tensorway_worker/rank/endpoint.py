@@ -13,6 +13,7 @@ from tensorway.registry import open_registry
 from tensorway.registry.patience import patiently, released
 from tensorway.registry.port import GROUP, ORCHESTRATOR, Lease, Registration
 from tensorway.signature import RevisionSpec
+from tensorway.telemetry import ops_service
 from tensorway.tls import OPEN_TO_MEMBERS, OPERATOR, open_mesh_tls
 from tensorway.transport import HealthService, LinkServer, add_reflection, create_server
 from tensorway.transport.port import Exchange, Server, ServerOptions
@@ -48,10 +49,17 @@ class Service(Protocol):
         """Ends its threads without waiting for them."""
 
 
+class Operations(Protocol):
+    """What a leader does for operators (`profiling.py`)."""
+
+    def attach(self, server: Server) -> None:
+        """Adds its methods to a server that has not started."""
+
+
 class Endpoint:
     """The leader's server and lease."""
 
-    def __init__(self, launch: RankLaunch, spec: RevisionSpec, service: Service) -> None:
+    def __init__(self, launch: RankLaunch, spec: RevisionSpec, service: Service, operations: Operations) -> None:
         self._launch = launch
         self._spec = spec
         self._service = service
@@ -61,9 +69,10 @@ class Endpoint:
         self._links = LinkServer(service.on_exchange, launch.max_message_bytes)
         self._links.attach(self._server)
         service.attach(self._server)
+        operations.attach(self._server)
         self._health = HealthService((INFERENCE_SERVICE, LINK_SERVICE))
         self._health.attach(self._server)
-        add_reflection(self._server, (INFERENCE_SERVICE, LINK_SERVICE, HEALTH_SERVICE))
+        add_reflection(self._server, (INFERENCE_SERVICE, LINK_SERVICE, ops_service.SERVICE, HEALTH_SERVICE))
         self._registry = open_registry(launch.registry)
         self._lease: Lease | None = None
 

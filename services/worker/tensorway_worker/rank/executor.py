@@ -32,6 +32,8 @@ class Executor:
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="torch", daemon=True)
         self.num_steps = 0
+        #: Called after each step, from whatever thread.
+        self.on_step: Callable[[], object] | None = None
         #: Steps that run now, by the instant of their start; a pipeline has several on their way.
         self._running: list[float] = []
         self._counting = threading.Lock()
@@ -92,6 +94,9 @@ class Executor:
         with self._counting:
             self._running = [one for one in self._running if one != began_s]
             self.num_steps += 1
+        on_step = self.on_step
+        if on_step is not None:
+            on_step()
         return time.monotonic()
 
     def _serve(self) -> None:

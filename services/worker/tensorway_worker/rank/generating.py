@@ -15,13 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Final
 
-import torch
-
 from tensorway.deadline import Deadline
 from tensorway.errors import FailedPrecondition, Overloaded, TensorwayError, Unavailable, as_tensorway_error
 from tensorway.generation import GenerationYaml
 from tensorway.model import Inputs, Outputs
 from tensorway.model_directory import ModelDirectory
+from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway.transport.port import Call, Exchange, Server, Stream
 from tensorway.transport.streamed_exchange import StreamedExchange
 from tensorway_worker.engines.generation.answer import Advance
@@ -32,12 +31,14 @@ from tensorway_worker.engines.generation.requests import Finish, GenerationReque
 from tensorway_worker.engines.generation.scheduler import Limits, Scheduler
 from tensorway_worker.engines.generation.text import TextSide
 from tensorway_worker.engines.port import model_error
+from tensorway_worker.rank.answer_trace import AnswerTrace, answer_trace
 from tensorway_worker.rank.executor import Executor
 from tensorway_worker.rank.generation_wire import Asked, PromptDelta, delta_bytes, finished_bytes, joined, read_asked, read_attempt
 from tensorway_worker.rank.group import LinkedGroup
 from tensorway_worker.rank.leader import EXPLAIN, INFER
 from tensorway_worker.rank.solo import SoloGroup
 from tensorway_worker.rank.step import is_fatal
+from tensorway_worker.rank.waited_step import on_host, run_in
 
 _LOG = logging.getLogger(__name__)
 GENERATE: Final = "/tensorway.v1.InferenceService/Generate"
@@ -53,7 +54,8 @@ class Generations:
     """Serves one loaded revision that generates. Lives in the loop."""
 
     def __init__(
-        self, directory: ModelDirectory, engine: GenerationEngine, group: LinkedGroup | SoloGroup, executor: Executor, epoch: int
+        self, directory: ModelDirectory, engine: GenerationEngine, group: LinkedGroup | SoloGroup, executor: Executor, epoch: int,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         yaml = directory.yaml.generation or GenerationYaml()
         windows = group.topology.pipeline if isinstance(group, LinkedGroup) else 1
@@ -68,6 +70,7 @@ class Generations:
         self._group = group
         self._executor = executor
         self._epoch = epoch
+        self._tracer = tracer
         self._loop = asyncio.get_running_loop()
         self.generator = Generator(scheduler, self.text, dimensions.max_context, self._run_step, self._failure, windows)
         self._staging = ThreadPoolExecutor(1, "staging")
@@ -132,7 +135,8 @@ class Generations:
             raise Overloaded(f"{self._num_open} answers run or wait at this group", retry_after_s=_RETRY_AFTER_S)
         self._num_open += 1
         self._idle.clear()
-        stream = _Stream(exchange, self.generator, self._closed)
+        trace = answer_trace(self._tracer, asked.traceparent, {"tensorway.request_id": asked.request_id, "tensorway.rank": 0})
+        stream = _Stream(exchange, self.generator, self._closed, trace)
         exchange.on_cancel(stream.cancel)
         exchange.on_credit(stream.flush)
         work = partial(asked.read, self.text, self._yaml, self._engine.dimensions.max_context, exchange.deadline.at_s)
@@ -153,7 +157,7 @@ class Generations:
         began_s = self._executor.begin_step()
         try:
             if isinstance(self._group, LinkedGroup):
-                return _on_host(self._group.run(carry))
+                return on_host(self._group.run(carry))
             return run_in(self._executor, self._group.run, carry)
         finally:
             self._executor.end_step(began_s)
@@ -183,10 +187,11 @@ class Generations:
 class _Stream:
     """One answer on its way out. Implements `Listener`."""
 
-    def __init__(self, exchange: Exchange, generator: Generator, on_closed: Callable[[], None]) -> None:
+    def __init__(self, exchange: Exchange, generator: Generator, on_closed: Callable[[], None], trace: AnswerTrace | None) -> None:
         self._exchange = exchange
         self._generator = generator
         self._on_closed = on_closed
+        self._trace = trace
         self._id = 0
         self._prompt: PromptDelta | None = None
         self._waiting: Advance | None = None
@@ -200,6 +205,8 @@ class _Stream:
         try:
             request, self._prompt = work.result()
             self._id = self._generator.submit(request, self)
+            if self._trace is not None:
+                self._trace.read(len(request.prompt_ids), len(request.so_far))
         except TensorwayError as error:
             self.failed(error)
             return
@@ -210,20 +217,24 @@ class _Stream:
         self.flush()
 
     def advanced(self, advance: Advance) -> None:
+        if self._trace is not None:
+            self._trace.advanced(advance)
         self._waiting = advance if self._waiting is None else joined(self._waiting, advance)
         self.flush()
 
     def finished(self, finish: Finish) -> None:
+        if self._trace is not None:
+            self._trace.finished(finish)
         self._finish = finish
         self.flush()
 
     def failed(self, error: TensorwayError) -> None:
-        if self._close():
+        if self._close(f"{error.status.name}: {error.message}"):
             self._exchange.fail(error)
 
     def cancel(self) -> None:
         """The orchestrator wants no more of it."""
-        if self._close() and self._id:
+        if self._close("CANCELLED: nobody waits for it any more") and self._id:
             self._generator.cancel(self._id)
 
     def flush(self) -> None:
@@ -242,11 +253,13 @@ class _Stream:
             self._close()
             exchange.reply(b"", ())
 
-    def _close(self) -> bool:
+    def _close(self, error: str = "") -> bool:
         """False where it was closed before."""
         was_open, self._is_open = self._is_open, False
         if was_open:
             self._on_closed()
+            if self._trace is not None:
+                self._trace.closed(error)
         return was_open
 
 
@@ -270,24 +283,3 @@ def _text_of(engine: GenerationEngine) -> TextSide:
     if engine.text is None:
         raise FailedPrecondition("the model is not loaded")
     return engine.text
-
-
-def run_in(executor: Executor, run: Callable[[Inputs], Outputs], carry: Inputs) -> Outputs:
-    """Runs a step in the torch thread and waits for it; the outputs on the CPU."""
-    done: Future[Outputs] = Future()
-    executor.enqueue(partial(_run_into, done, run, carry))
-    return done.result()
-
-
-def _run_into(done: Future[Outputs], run: Callable[[Inputs], Outputs], carry: Inputs) -> None:
-    """In the torch thread."""
-    try:
-        outputs = _on_host(run(carry))
-    except Exception as error:  # noqa: BLE001 - raised again where the outcome is awaited
-        done.set_exception(error)
-    else:
-        done.set_result(outputs)
-
-
-def _on_host(outputs: Outputs) -> Outputs:
-    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in outputs.items()}

@@ -46,6 +46,8 @@ class Asked:
     generate: inference_pb2.GenerateRequest
     attempt: link_pb2.GenerationAttempt
     priority: int
+    #: The attempt's span; empty where it is not sampled.
+    traceparent: str = ""
 
     def read(
         self, text: TextSide, yaml: GenerationYaml, max_context: int, deadline_s: float
@@ -94,7 +96,9 @@ def read_attempt(head: bytes, epoch: int) -> Asked:
     if not request.HasField("generate"):
         raise InvalidRequest("the request asks for no generation; set `generate`", field="generate")
     generate = request.generate
-    return Asked(request.request_id or generate.request_id, generate, batch.generation, request.priority or generate.priority)
+    return Asked(
+        request.request_id or generate.request_id, generate, batch.generation, request.priority or generate.priority, request.traceparent
+    )
 
 
 def read_asked(message: bytes, spec: RevisionSpec) -> Asked:

@@ -13,7 +13,6 @@ A group is never repaired: the first sign of a lost rank fails every step and en
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,8 +29,8 @@ from tensorway_worker.micro_batches import micro_batches
 from tensorway_worker.rank import rpc
 from tensorway_worker.rank.carry import after_arrival, arrived, compact, sendable
 from tensorway_worker.rank.collective import open_collective
-from tensorway_worker.rank.commands import ATTEND, BACKWARD, FAILED, FORWARD, RESULT, SKIP, STEP, Command, failure_detail, failure_of
-from tensorway_worker.rank.door import Door
+from tensorway_worker.rank.commands import ATTEND, BACKWARD, FAILED, FORWARD, RESULT, SIDE, SKIP, STEP, Command, failure_detail, failure_of
+from tensorway_worker.rank.door import Door, refuse_strangers
 from tensorway_worker.rank.executor import Work
 from tensorway_worker.rank.gradient_port import Differentiator
 from tensorway_worker.rank.group_port import GroupLost, StepRunner, first_line
@@ -39,6 +38,8 @@ from tensorway_worker.rank.in_order import InOrder
 from tensorway_worker.rank.linked_gradients import AutogradDifferentiator, BackwardPasses, ChainDifferentiator
 from tensorway_worker.rank.memory import GuardedRun, MemoryGuard
 from tensorway_worker.rank.pending import Named, Pending
+from tensorway_worker.rank.side_calls import SideCalls
+from tensorway_worker.rank.step_trace import NO_TRACING, current, step_detail
 from tensorway_worker.topology import Place, Topology
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class LinkedGroup:
         self.is_batchable = True
         #: Of a group that trains.
         self.training: LinkedTraining | None = None
+        self.tracing = NO_TRACING
+        self.side_calls = SideCalls(membership.epoch)
         self.in_order = InOrder(enqueue)
         self.pending = Pending(topology.tensor, self.lose)
         self._membership = membership
@@ -87,16 +90,8 @@ class LinkedGroup:
         collective = open_collective(self.topology, self._membership.rank, store, self._membership.device)
         rpc.join(self._membership, store, self._on_message)
         door.close()
-        self._refuse_strangers(door, store)
+        refuse_strangers(door, store, self.rank, self.topology.world_size, self.epoch)
         return collective
-
-    def _refuse_strangers(self, door: Door, store: Store) -> None:
-        """Raises GroupLost where somebody else has connected before the door was closed: he could stay for as long as this epoch lives."""
-        others = [rank for rank in range(self.topology.world_size) if rank != self.rank]
-        store.set(f"ends/{self.rank}", json.dumps(sorted(door.own_ends())))
-        known = {end for rank in others for end in json.loads(store.get(f"ends/{rank}"))}
-        if strangers := door.strangers(known):
-            raise GroupLost(f"{len(strangers)} connections that are no rank's were open to rank {self.rank} of epoch {self.epoch}")
 
     def attach(self, engine: Engine, guard: MemoryGuard | None = None) -> None:
         """In the torch thread, after loading: this rank's part of the model. Commands that have come meanwhile are let through."""
@@ -125,13 +120,14 @@ class LinkedGroup:
         carry = {name: sendable(name, value) for name, value in inputs.items()}
         if self._guard is not None and self.topology.tensor > 1:
             self._guard.check(inputs)
-        outcomes = []
+        outcomes, trace = [], current()
         with self._sending:
             # One batch's micro-batches follow one another, so that its last leaves as early as can be.
             for part in self._parts(carry):
                 number, (outcome,) = self.pending.begin()
                 outcomes.append(outcome)
-                self.start(Command(STEP, number, tuple(part)), list(part.values()), partial(self.step, number, part))
+                command = Command(STEP, number, tuple(part), step_detail(trace))
+                self.start(command, list(part.values()), partial(self.step, number, part, None, trace))
         # All of them, even where one fails: none may be on its way when this step counts as ended.
         errors = [error for outcome in outcomes if (error := outcome.exception()) is not None]
         if errors:
@@ -191,7 +187,7 @@ class LinkedGroup:
         if command.kind == STEP:
             # The leader's own call of the last stage is answered with the outcome: half the messages of a pipeline of two.
             reply = rpc.new_reply(tensors) if command.detail.get("reply") else None
-            self.in_order.put(number, after_arrival(tensors, partial(self.step, number, named, reply)))
+            self.in_order.put(number, after_arrival(tensors, partial(self.step, number, named, reply, command.detail.get("trace", ""))))
             if reply is not None:
                 return reply
         elif command.kind == RESULT:
@@ -200,6 +196,8 @@ class LinkedGroup:
         elif command.kind == FAILED:
             rank = int(command.detail["rank"])
             self.pending.fail(number, self.topology.place(rank).stage, rank, failure_of(command.detail))
+        elif command.kind == SIDE:
+            return self.side_calls.answer(command.detail)
         elif command.kind == SKIP:
             self.in_order.put(number, partial(self.skip_on, number))
         elif command.kind == ATTEND:
@@ -214,14 +212,14 @@ class LinkedGroup:
             raise ValueError(f"unknown command {command.kind!r}")
         return rpc.replied()
 
-    def step(self, number: int, carry: Named, reply: rpc.Reply | None = None) -> None:
+    def step(self, number: int, carry: Named, reply: rpc.Reply | None = None, trace: str = "") -> None:
         """In the torch thread: this stage's part of a step. `reply`, where there is one, takes the outcome to the leader."""
-        outputs = self.attempt(number, partial(self._own_part, carry))
+        outputs = self.attempt(number, self.tracing.part(partial(self._own_part, carry), trace))
         if outputs is None:
             self.skip_on(number)
         elif not self.place.is_last:
             is_answered = self.rank == 0 and self.topology.pipeline == 2
-            self.send_on(Command(STEP, number, tuple(outputs), {"reply": True} if is_answered else {}), list(outputs.values()))
+            self.send_on(Command(STEP, number, tuple(outputs), step_detail(trace, replies=is_answered)), list(outputs.values()))
         elif reply is None:
             self.deliver(number, outputs)
         if reply is not None:

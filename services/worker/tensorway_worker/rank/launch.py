@@ -80,6 +80,10 @@ class RankLaunch:
     zone: str = ""
     #: Certificate, key, authority and domain, as `tensorway.tls.open_mesh_tls` takes them; all empty: in the clear.
     tls: tuple[str, str, str, str] = ("", "", "", DEFAULT_DOMAIN)
+    #: Where its spans go; see the settings `trace_endpoint`, `trace_ca_file` and `trace_headers_file`.
+    trace_endpoint: str = ""
+    trace_ca_file: str = ""
+    trace_headers_file: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -27,6 +27,7 @@ from tensorway_worker.rank.codec import Batch, Codec, Times
 from tensorway_worker.rank.executor import Executor
 from tensorway_worker.rank.outputs import Answer
 from tensorway_worker.rank.step import BatchRunner, Staged, is_fatal
+from tensorway_worker.rank.step_trace import NO_TRACING, StepTracing
 
 _LOG = logging.getLogger(__name__)
 
@@ -81,12 +82,14 @@ class Leader:
         stages_apart: bool,
         finishes_apart: bool,
         num_conductors: int = 0,
+        tracing: StepTracing = NO_TRACING,
     ) -> None:
         self._loop = loop
         self._executor = executor
         self._runner = runner
         self._codec = codec
         self._epoch = epoch
+        self._tracing = tracing
         self._stages_apart = stages_apart
         self._finishes_apart = finishes_apart
         self._staging = ThreadPoolExecutor(1, "staging")
@@ -222,11 +225,14 @@ class Leader:
             self._hand_back(accepted, Cancelled("the orchestrator withdrew the batch"))
             return
         staged = accepted.staged or self._stage(accepted)
+        span = self._tracing.open(accepted.batch.traceparent)
         began_s = accepted.step_began_s = self._executor.begin_step()
         try:
             self._runner.run(staged)
         finally:
             ended_s = self._executor.end_step(began_s)
+            if span is not None:
+                self._tracing.close(span, began_s, ended_s, accepted.received_s)
             # Steps overlap in a pipeline: what counts is by how much this one put off the next.
             accepted.step_s = ended_s - max(began_s, self._last_step_ended_s)
             self._last_step_ended_s = ended_s

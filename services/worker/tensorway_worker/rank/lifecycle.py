@@ -21,6 +21,7 @@ from typing import Final, TypeVar
 from tensorway.deadline import Deadline
 from tensorway.errors import FailedPrecondition, TensorwayError
 from tensorway.model_directory import ModelDirectory, load_directory
+from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway_worker.engines.port import Cut
 from tensorway_worker.rank.adaptation import NewsDesk, started
 from tensorway_worker.rank.endpoint import Endpoint
@@ -33,15 +34,19 @@ from tensorway_worker.rank.group_port import GroupLost
 from tensorway_worker.rank.launch import FAILED, LOADING, READY, STARTING, STOPPING, WARMING, RankLaunch
 from tensorway_worker.rank.node_pipe import StatusPipe, watch_node
 from tensorway_worker.rank.node_store import NodeStore
+from tensorway_worker.rank.profiling import GroupOperations, answer_side_calls
 from tensorway_worker.rank.report import Report
 from tensorway_worker.rank.serving import service_of
 from tensorway_worker.rank.step import BatchRunner
+from tensorway_worker.rank.step_trace import rank_tracer, step_tracing
 from tensorway_worker.rank.warmup import Warming
 
 _LOG = logging.getLogger(__name__)
 _EXIT_SECOND_SIGNAL: Final = 130
 #: Ranks that do not come are their node's to notice, at the start-up timeout.
 _STORE_TIMEOUT_S: Final = 3600.0
+#: What the last spans get to be exported, seconds.
+_FLUSH_S: Final = 1.0
 T = TypeVar("T")
 
 
@@ -57,6 +62,7 @@ class Rank:
     _num_signals: int = 0
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _crash: BaseException | None = None
+    _tracer: Tracer = NO_TRACER
 
     async def run(self, environment: Mapping[str, str], orders: int) -> int:
         """Serves until told to stop; returns the exit status. `orders` is the descriptor of the node's pipe."""
@@ -72,6 +78,7 @@ class Rank:
         heartbeat = asyncio.create_task(report.heartbeat(self.launch.heartbeat_s))
         heartbeat.add_done_callback(self._on_heartbeat_end)
         try:
+            self._tracer = rank_tracer(self.launch)
             await self._serve(executor, report, facts, store)
         except _Stopped:
             return 0
@@ -81,6 +88,7 @@ class Rank:
             report.change(FAILED, _sentence(error), is_consequence=isinstance(error, GroupLost))
             return 1
         finally:
+            await asyncio.to_thread(self._tracer.close, _FLUSH_S)
             store.close("the rank has ended")
             heartbeat.cancel()
             await asyncio.wait((heartbeat,))
@@ -91,8 +99,13 @@ class Rank:
         launch = self.launch
         directory = _checked_directory(launch)
         facts.limit_memory(directory.yaml.memory_limit_mb << 20)
+        tracing = step_tracing(launch, self._tracer)
         formed = await self._form(directory, executor, report, store)
         engine, group = formed.engine, formed.group
+        if isinstance(group, LinkedGroup):
+            group.tracing = tracing
+            if launch.rank:
+                answer_side_calls(group, executor)
         facts.weights_bytes = await self._unless_stopped(executor.run(engine.memory_bytes))
         if launch.adapt:
             await self._adapt(formed, directory, executor, report, facts)
@@ -108,7 +121,8 @@ class Rank:
                 # What is loaded stays: the collector need not look at it again and again while requests wait.
                 gc.collect()
                 gc.freeze()
-                endpoint = Endpoint(launch, directory.spec, service_of(launch, directory, engine, group, runner, executor, facts))
+                service = service_of(launch, directory, engine, group, runner, executor, facts, tracing)
+                endpoint = Endpoint(launch, directory.spec, service, GroupOperations(launch.group, launch.log_level, executor, group))
                 report.change(READY, endpoint=await endpoint.open())
             else:
                 report.change(READY)

@@ -17,6 +17,7 @@ from tensorway_worker.rank.layout import Layouts
 from tensorway_worker.rank.leader import Leader
 from tensorway_worker.rank.solo import SoloGroup
 from tensorway_worker.rank.step import BatchRunner
+from tensorway_worker.rank.step_trace import StepTracing
 
 
 def service_of(
@@ -27,6 +28,7 @@ def service_of(
     runner: BatchRunner,
     executor: Executor,
     facts: Facts,
+    tracing: StepTracing,
 ) -> Service:
     """The service of a leader whose group is ready; what it counts goes to `facts`. In the loop."""
     if directory.yaml.generation is not None:
@@ -36,7 +38,7 @@ def service_of(
 
         if not isinstance(engine, GenerationEngine):
             raise FailedPrecondition(f"engine {directory.yaml.engine} generates no tokens", field="generation")
-        generations = Generations(directory, engine, group, executor, launch.epoch)
+        generations = Generations(directory, engine, group, executor, launch.epoch, tracing.tracer)
         facts.answers = generations.counts
         return generations
     codec = Codec(launch.model, launch.revision, Layouts(directory.spec.signature, runner.padding), runner.rules.check_names)
@@ -49,4 +51,5 @@ def service_of(
         stages_apart=engine.has_preprocess or engine.device != "cpu",
         finishes_apart=engine.has_postprocess,
         num_conductors=group.num_conductors,
+        tracing=tracing,
     )

@@ -24,6 +24,7 @@ from tensorway_worker.rank.batch import Prepared, Request, as_received, group, j
 from tensorway_worker.rank.explain import Explainer
 from tensorway_worker.rank.group_port import GroupLost, StepRunner
 from tensorway_worker.rank.outputs import Answer, OutputRules, cut_rows, to_host, unchecked_answer
+from tensorway_worker.rank.step_trace import log_fields
 
 _LOG = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class BatchRunner:
         for item in prepared:
             staged.results[item.place] = failure
             if not isinstance(failure, InvalidRequest | DeadlineExceeded):
-                _LOG.warning("request failed: %s", failure.message, extra={"fields": {"request_id": item.request.request_id}})
+                _LOG.warning("request failed: %s", failure.message, extra={"fields": log_fields(item.request.request_id)})
 
 
 def is_fatal(error: Exception) -> bool:

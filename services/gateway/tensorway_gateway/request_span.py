@@ -1,0 +1,62 @@
+"""The span of one request at the gateway: OpenTelemetry's conventions for the server's side of an RPC, and what is known of the request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from tensorway.errors import Status, TensorwayError
+from tensorway.telemetry.tracing import Span, Tracer
+from tensorway.transport.port import Call
+from tensorway_gateway.accounting import Arrived
+from tensorway_gateway.requests import Answered
+
+#: Statuses that are the server's failures, by the conventions; the others are the caller's, and no error of this span.
+_SERVER_ERRORS: Final = frozenset(
+    {Status.UNKNOWN, Status.DEADLINE_EXCEEDED, Status.UNIMPLEMENTED, Status.INTERNAL, Status.UNAVAILABLE, Status.DATA_LOSS}
+)
+
+
+def open_span(tracer: Tracer, call: Call, arrived_s: float) -> Span | None:
+    """The request's span; None where it is not sampled."""
+    return tracer.open(call.metadata, call.method.lstrip("/"), arrived_s)
+
+
+@contextmanager
+def recorded(tracer: Tracer, span: Span, arrival: Arrived) -> Iterator[None]:
+    """Records the span when the block ends, however it does."""
+    span.attributes |= {
+        "rpc.system.name": "grpc", "rpc.method": span.name, "tensorway.request_id": arrival.request_id, "tensorway.model": arrival.model,
+        "tensorway.request_bytes": arrival.num_bytes,
+    }
+    status = "UNKNOWN"
+    try:
+        yield
+        status = Status.OK.name
+    except TensorwayError as error:
+        status = error.status.name
+        if error.status in _SERVER_ERRORS:
+            span.error = error.message
+        raise
+    except asyncio.CancelledError:
+        status = Status.CANCELLED.name
+        span.add_event("the client has gone")
+        raise
+    finally:
+        span.attributes["rpc.response.status_code"] = status
+        if status != Status.OK.name:
+            span.attributes["error.type"] = status
+        tracer.record(span)
+
+
+def describe(span: Span, answered: Answered) -> None:
+    """What became known of a request with its answer."""
+    answer, timing = answered.answer, answered.answer.timing
+    span.attributes |= {
+        "tensorway.revision": answer.revision, "tensorway.group": timing.group, "tensorway.num_attempts": timing.num_attempts,
+        "tensorway.batch_rows": timing.batch_rows, "tensorway.batch_requests": timing.batch_requests,
+    }
+    if answer.model:
+        span.attributes["tensorway.fallback"] = answer.model
