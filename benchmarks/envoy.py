@@ -121,10 +121,13 @@ async def rows(seconds: float) -> list[Row]:
 
 
 async def _gateway(registry: DirectoryRegistry) -> str:
+    """The gateway's endpoint, once identity is served."""
     async for found in registry.watch(GATEWAY):
         if found:
             break
-    async with AsyncClient(found[0].endpoint, retries=50, timeout_s=60) as client:
+    async with asyncio.timeout(120), AsyncClient(found[0].endpoint) as client:
+        while not any(model.is_ready for model in await client.models()):  # noqa: ASYNC110 - the gateway tells when asked
+            await asyncio.sleep(0.1)
         await client.infer("identity", {"input": INPUT}, timeout_s=60)
     return found[0].endpoint
 

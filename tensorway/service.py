@@ -32,6 +32,7 @@ from tensorway.registry.port import Lease, Registration, Registry
 from tensorway.telemetry import ops_service
 from tensorway.telemetry.logs import LogLevel, configure_logs
 from tensorway.telemetry.ops import OpsServer
+from tensorway.telemetry.ops_metrics import MemberCollector
 from tensorway.telemetry.ops_tls import CertificateCollector, ops_context
 from tensorway.telemetry.tracing import NO_TRACER, TraceCollector, Tracer, open_tracer, service_resource
 from tensorway.tls import MeshTls, ServerTls
@@ -160,6 +161,7 @@ class _Lifecycle:
                     service.name, self.instance, guarded, registry, tasks, metrics, lambda reason: self._show_readiness(health, reason),
                     tracer=tracer,
                 )
+                MemberCollector(service.name, lambda: context.readiness is None, lambda: server.num_in_flight, metrics)
                 await service.start(context)
                 bound = dialable(await server.start(), settings.advertise_host)
                 if settings.ops_listen != "off":

@@ -22,6 +22,7 @@ from tensorway.deadline import Deadline
 from tensorway.errors import FailedPrecondition, PermissionDenied, Unavailable
 from tensorway.registry.consul_http import AgentClient, is_refusal
 from tensorway.registry.consul_url import Address, ConsulUrl
+from tensorway.registry.outages import OUTAGES
 
 _LOG = logging.getLogger(__name__)
 
@@ -150,6 +151,7 @@ class Agents:
         self._index = (self._index + 1) % len(self._url.addresses)
         self.generation += 1
         self._away_since_s = None
+        OUTAGES.is_away = False
         _LOG.warning("registry: %s; the agent at %s is used now", why, self.address)
         await client.close()
 
@@ -237,8 +239,10 @@ class Agents:
     def _outage(self, cause: str, needs_leader: bool, client: Any) -> Outage:
         if client is not self._client:
             return self._why_left  # what broke it off was that the agent was left
+        OUTAGES.num_errors += 1
         if needs_leader and self._away_since_s is None:
             self._away_since_s = time.monotonic()
+            OUTAGES.is_away = True
             _LOG.warning("registry: %s; going on with what is known", cause)
         return Outage(cause)
 
@@ -246,6 +250,7 @@ class Agents:
         if self._away_since_s is not None:
             _LOG.info("registry: Consul at %s answers again after %.1f s", self.address, time.monotonic() - self._away_since_s)
             self._away_since_s = None
+            OUTAGES.is_away = False
 
     async def _is_silent(self, client: Any) -> bool:
         """Whether the agent itself, not the servers that it asks, gives no answer. (A process that was stopped finds its timeouts passed

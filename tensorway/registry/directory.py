@@ -25,6 +25,7 @@ from asyncinotify import Inotify, Mask
 
 from tensorway.errors import FailedPrecondition, Unavailable
 from tensorway.registry.locked_file import MAX_CONTENT_BYTES, LockedFile, look
+from tensorway.registry.outages import OUTAGES
 from tensorway.registry.port import Lease, Registration
 
 _LOG = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class DirectoryRegistry:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             state = self._root.stat()
         except OSError as error:
-            raise Unavailable(f"registry directory {folder} cannot be made: {error}", field="registry") from error
+            raise _failed(f"registry directory {folder} cannot be made: {error}") from error
         if state.st_uid != os.getuid() or state.st_mode & 0o022:
             raise FailedPrecondition(
                 f"registry directory {self._root} can be written by others (owner {state.st_uid}, mode {state.st_mode & 0o777:o}): "
@@ -128,7 +129,7 @@ class DirectoryRegistry:
         try:
             held = await asyncio.to_thread(LockedFile.acquire, path, content)
         except OSError as error:
-            raise Unavailable(f"registry file {path} cannot be written: {error}", field="registry") from error
+            raise _failed(f"registry file {path} cannot be written: {error}") from error
         if held is None:
             return None
         lease = _DirectoryLease(held, self._leases)
@@ -143,7 +144,7 @@ class DirectoryRegistry:
         except FileExistsError:
             raise
         except OSError as error:
-            raise Unavailable(f"registry document {key!r} cannot be written: {error}", field="registry") from error
+            raise _failed(f"registry document {key!r} cannot be written: {error}") from error
 
     async def _watch(self, folder: Path, scan: Callable[[Path], tuple[dict[str, T], bool]]) -> AsyncGenerator[dict[str, T], None]:
         """Yields what `scan` finds in `folder` at once and after every change of it."""
@@ -154,6 +155,7 @@ class DirectoryRegistry:
                 try:
                     found, look_again = await asyncio.to_thread(scan, folder)
                 except OSError as error:
+                    OUTAGES.num_errors += 1
                     _LOG.warning("registry %s cannot be read, keeping what is known: %s", folder, error)
                     found, look_again = last if last is not None else {}, False
                 if found != last:
@@ -179,6 +181,11 @@ async def _wait_for_change(inotify: Inotify, timeout_s: float) -> None:
         return
 
 
+def _failed(why: str) -> Unavailable:
+    OUTAGES.num_errors += 1
+    return Unavailable(why, field="registry")
+
+
 class _DirectoryLease:
     """A held file and its place in the registry's list of leases."""
 
@@ -192,7 +199,7 @@ class _DirectoryLease:
         try:
             await asyncio.to_thread(self._held.write, content)
         except OSError as error:
-            raise Unavailable(f"registration {registration.id!r} cannot be written: {error}", field="registry") from error
+            raise _failed(f"registration {registration.id!r} cannot be written: {error}") from error
 
     async def release(self) -> None:
         self._leases.discard(self)

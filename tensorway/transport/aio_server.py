@@ -18,6 +18,7 @@ from tensorway.transport.listening import (
     bound_endpoint,
     cannot_bind,
     check_free,
+    choices,
     full,
     is_full,
     no_request,
@@ -63,21 +64,27 @@ class AioServer:
         """See the port."""
         if self._was_started:
             raise FailedPrecondition("this server was started before")
-        endpoint = self.options.endpoint
-        check_free(endpoint)
+        endpoints = choices(self.options.endpoint)
+        check_free(endpoints[0])
         server = grpc.aio.server(options=server_arguments(self.options))
         server.add_generic_rpc_handlers((_Handlers(self),))
-        try:
-            if self.options.tls is None:
-                port = server.add_insecure_port(endpoint)
-            else:
-                port = server.add_secure_port(endpoint, server_credentials(self.options.tls))
-        except RuntimeError as error:
+        for endpoint in endpoints:
+            try:
+                port = self._bind(server, endpoint)
+                break
+            except RuntimeError:
+                _LOG.debug("%s cannot be bound", endpoint)
+        else:
             await server.stop(None)
-            raise cannot_bind(endpoint, "it is in use, not permitted, or not an address of this machine") from error
+            raise cannot_bind(self.options.endpoint, "it is in use, not permitted, or not an address of this machine")
         await server.start()
         self._server, self._was_started = server, True
         return bound_endpoint(endpoint, port)
+
+    def _bind(self, server: Any, endpoint: str) -> int:
+        tls = self.options.tls
+        port: int = server.add_insecure_port(endpoint) if tls is None else server.add_secure_port(endpoint, server_credentials(tls))
+        return port
 
     async def stop(self, grace_s: float) -> None:
         """See the port."""

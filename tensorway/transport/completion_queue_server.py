@@ -16,7 +16,7 @@ from grpc._cython import cygrpc
 from tensorway.errors import FailedPrecondition
 from tensorway.transport.completion_queue import CompletionQueuePoller, Rest
 from tensorway.transport.credentials import core_server_credentials
-from tensorway.transport.listening import UNWIND_S, Routes, bound_endpoint, cannot_bind, check_free, server_arguments
+from tensorway.transport.listening import UNWIND_S, Routes, bound_endpoint, cannot_bind, check_free, choices, server_arguments
 from tensorway.transport.port import ServerOptions, StreamHandler, UnaryHandler
 from tensorway.transport.server_call import ServerCall, UnaryCall, reject
 from tensorway.transport.server_stream import StreamCall
@@ -73,18 +73,21 @@ class CompletionQueueServer:
         """See the port."""
         if self._server is not None or self._shut_down is not None:
             raise FailedPrecondition("this server was started before")
-        endpoint = self.options.endpoint
-        check_free(endpoint)
+        endpoints = choices(self.options.endpoint)
+        check_free(endpoints[0])
         self.loop = asyncio.get_running_loop()
         poller = CompletionQueuePoller("tensorway-server")
         server = cygrpc.Server(server_arguments(self.options), False)
         server.register_completion_queue(poller.queue)
         tls = self.options.tls
-        port = server.add_http2_port(endpoint.encode(), *(() if tls is None else (core_server_credentials(tls),)))
-        if port == 0:
+        credentials = () if tls is None else (core_server_credentials(tls),)
+        for endpoint in endpoints:
+            if port := server.add_http2_port(endpoint.encode(), *credentials):
+                break
+        else:
             server.destroy()
             await poller.stop()
-            raise cannot_bind(endpoint, "it is in use, not permitted, or not an address of this machine")
+            raise cannot_bind(self.options.endpoint, "it is in use, not permitted, or not an address of this machine")
         self._unary = {method.encode(): handler for method, handler in self._routes.unary.items()}
         self._streams = {method.encode(): handler for method, handler in self._routes.streams.items()}
         server.start()

@@ -1,4 +1,4 @@
-"""The frames of a link as bytes, and back. Pure: no I/O, and no trust in anything that is read.
+"""The frames of a link as bytes, and back. Pure but for the count of what came: no I/O, and no trust in anything that is read.
 
 The layout is documented in protos/tensorway/v1/link.proto. A gRPC message of a link is `OpenRequest` or `OpenResponse`, both of which are
 one bytes field: its tag and length are written and read here by hand, so that no payload byte is copied by a protobuf parser.
@@ -12,6 +12,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from tensorway.errors import InvalidRequest
+from tensorway.transport.link_traffic import TRAFFIC
 
 HEADER: Final = Struct("<BBHIIIQ")
 HEADER_BYTES: Final = HEADER.size
@@ -78,7 +79,9 @@ def decode_message(message: bytes | bytearray) -> Iterator[Frame]:
     offset = _frames_offset(message)
     view = memoryview(message)
     unpack, new_frame = HEADER.unpack_from, tuple.__new__
+    num_frames = 0
     while offset < end:
+        num_frames += 1
         if end - offset < HEADER_BYTES:
             raise _broken(f"{end - offset} bytes are left where a {HEADER_BYTES}-byte header must start")
         kind, flags, zero, id, head_bytes, body_bytes, value = unpack(message, offset)
@@ -102,6 +105,7 @@ def decode_message(message: bytes | bytearray) -> Iterator[Frame]:
         if kind == CREDIT and (head_bytes or body_bytes or not value):
             raise _broken(f"a credit frame grants {value} tokens and carries {head_bytes} + {body_bytes} bytes")
         yield Frame(kind, flags == MORE, id, bytes(view[head_at:body_at]), view[body_at:offset], value)
+    TRAFFIC.took(num_frames, end)
 
 
 def _frames_offset(message: bytes | bytearray) -> int:

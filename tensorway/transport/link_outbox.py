@@ -10,6 +10,7 @@ from typing import Final
 from tensorway.deadline import Deadline
 from tensorway.tensors import Buffer
 from tensorway.transport.frames import CHUNK, CHUNK_BYTES, CREDIT, HEADER, HEADER_BYTES, MORE, TOKEN, message_prefix
+from tensorway.transport.link_traffic import TRAFFIC
 from tensorway.transport.port import Payload
 
 #: A message takes no further frame once it has this many bytes.
@@ -119,6 +120,7 @@ class Outbox:
         size = 0
         now_s = time.monotonic()
         small = self._small
+        num_waiting = len(small)
         while small and size < FULL_MESSAGE_BYTES:
             parcel = small.popleft()
             if parcel.body_bytes or parcel.deadline is not None:
@@ -129,7 +131,9 @@ class Outbox:
                 parts.append(head)
                 self.num_bytes -= len(head)
                 size += HEADER_BYTES + len(head)
+        num_frames = num_waiting - len(small)
         if self._large and size < FULL_MESSAGE_BYTES:
+            num_frames += 1
             parcel = self._large.popleft()
             size += self._pack(parcel, CHUNK_BYTES, now_s, parts)
             if parcel.body_bytes:
@@ -137,6 +141,9 @@ class Outbox:
                 self._large.append(parcel)
         if not size:
             return None
+        TRAFFIC.num_sent_frames += num_frames
+        TRAFFIC.num_sent_messages += 1
+        TRAFFIC.num_sent_bytes += size
         parts[0] = message_prefix(size)
         return b"".join(parts)
 

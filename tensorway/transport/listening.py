@@ -18,6 +18,7 @@ RETRY_AFTER_S: Final = 0.1
 UNWIND_S: Final = 5.0
 
 _UNIX: Final = "unix:"
+_LAST_PORT: Final = 65535
 
 
 @dataclass(slots=True)
@@ -137,6 +138,17 @@ def check_free(endpoint: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         if probe.connect_ex(path) == 0:
             raise cannot_bind(endpoint, "another process listens there")
+
+
+def choices(endpoint: str) -> tuple[str, ...]:
+    """The endpoints to try, one after the other: `host:9100-9199` names a hundred of them. Raises InvalidRequest for no range of ports."""
+    host, _, ports = endpoint.rpartition(":")
+    if endpoint.startswith(_UNIX) or "-" not in ports:
+        return (endpoint,)
+    first, _, last = ports.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last) <= _LAST_PORT):
+        raise InvalidRequest(f"cannot listen on {endpoint}: {ports!r} is no range of ports; write it like 9100-9199", field="listen")
+    return tuple(f"{host}:{port}" for port in range(int(first), int(last) + 1))
 
 
 def bound_endpoint(endpoint: str, port: int) -> str:

@@ -96,7 +96,7 @@ class Server(Protocol):
 class ServerOptions:
     """How to listen."""
 
-    #: `host:port` (port 0: any) or `unix:path`.
+    #: `host:port` (port 0: any; `first-last`: the first that is free) or `unix:path`.
     endpoint: str
     #: `completion-queue` (fast) or `aio` (portable).
     implementation: str = "completion-queue"

@@ -23,8 +23,9 @@ MANIFESTS = ROOT / "deploy" / "kubernetes"
 VARIANTS = ("base", "overlays/cpu", "overlays/gpu", "overlays/multi-node")
 SETTINGS = {"gateway": GatewaySettings, "orchestrator": OrchestratorSettings, "worker": NodeSettings}
 VERSION = "1.37"
-#: First and last port of the kernel's ephemeral range, from which leaders take theirs.
-EPHEMERAL = (32768, 60999)
+#: First and last port of those that leaders take, and one of the kernel's ephemeral range, where ranks of several pods meet.
+LEADERS = (8100, 8199)
+EPHEMERAL = 33768
 
 
 @cache
@@ -188,18 +189,18 @@ def _fits(selector: dict[str, Any], name: str) -> bool:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_policies_let_through_what_the_mesh_needs_and_nothing_else(variant: str) -> None:
-    leader = EPHEMERAL[0] + 1000
+    leader = LEADERS[0] + 50
     is_spread = variant == "overlays/multi-node"
     reachable = {
         (source, target, port)
-        for source in SETTINGS for target in SETTINGS for port in (8001, 8002, 8011, 8012, 8021, 8022, leader)
+        for source in SETTINGS for target in SETTINGS for port in (8001, 8002, 8011, 8012, 8021, 8022, leader, EPHEMERAL)
         if admits(variant, source, target, port)
     }
     expected = {
         ("gateway", "gateway", 8001), ("gateway", "orchestrator", 8011), ("gateway", "worker", 8021), ("gateway", "worker", leader),
         ("orchestrator", "worker", leader),
     }
-    assert reachable == expected | ({("worker", "worker", 8021), ("worker", "worker", leader)} if is_spread else set())
+    assert reachable == expected | ({("worker", "worker", 8021), ("worker", "worker", EPHEMERAL)} if is_spread else set())
     assert of_kind(variant, "NetworkPolicy")["default-deny"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
 
 
@@ -209,7 +210,7 @@ def test_consul_and_the_members_reach_each_other(variant: str) -> None:
         assert admits(variant, name, "consul", 8500)
         assert admits(variant, "consul", name, port)
         assert not admits(variant, name, "consul", 8300)
-    assert admits(variant, "consul", "worker", EPHEMERAL[1])
+    assert admits(variant, "consul", "worker", LEADERS[1])
     servers = workloads(variant)["consul"]["spec"]["replicas"]
     registry = environment(variant, "gateway")["TENSORWAY_REGISTRY"]
     assert registry == f"consul://{','.join(f'consul-{number}.consul:8500' for number in range(servers))}/tensorway"
@@ -222,7 +223,7 @@ def test_the_front_proxy_is_the_shipped_one_and_reaches_gateways_only(variant: s
     assert "tensorway.pb" in config["binaryData"]
     assert admits(variant, "front-proxy", "gateway", 8001)
     assert not admits(variant, "front-proxy", "orchestrator", 8011)
-    assert not admits(variant, "front-proxy", "worker", EPHEMERAL[0])
+    assert not admits(variant, "front-proxy", "worker", LEADERS[0])
     (cluster,) = shipped("front-proxy.yaml")["static_resources"]["clusters"]
     (endpoint,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
     address = endpoint["endpoint"]["address"]["socket_address"]

@@ -66,6 +66,14 @@ async def test_oip_takes_numbers_as_typed_contents(fleet: Fleet, front: Envoy, p
     assert struct.unpack("<2f", base64.b64decode(answer["raw_output_contents"][0])) == (1, 2)
 
 
+async def test_oip_answers_with_numbers_where_asked_to(fleet: Fleet, front: Envoy) -> None:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, 2], "contents": {"fp32_contents": [1, 2.5]}}
+    body = {"inputs": [tensor], "parameters": {"binary_data_output": {"bool_param": False}}}
+    status, answer = await post(front, "/v2/models/identity/infer", body)
+    assert (status, answer["outputs"][0]["contents"]["fp32_contents"]) == (200, [1, 2.5])
+    assert answer["raw_output_contents"] == []
+
+
 async def test_what_kserves_rest_says_otherwise_is_refused_not_misread(fleet: Fleet, front: Envoy) -> None:
     data = {"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}
     status, answer = await post(front, "/v2/models/identity/infer", {"inputs": [data]})

@@ -160,9 +160,9 @@ async def test_a_stream_outlives_its_orchestrator(talk: Talk) -> None:
     """Two choices with their prompts, drawn by a seed that the lost orchestrator chose."""
     request = ask("threefold", max_tokens=120, num_choices=2, temperature=0.9, echo=True)
     for _ in range(TRIES):
-        before = await talk.measure(ORCHESTRATOR, "tensorway_tokens_total", "threefold")
+        before = await talk.measure(ORCHESTRATOR, "tensorway_orchestrator_tokens_total", "threefold")
         (await talk.answer(ask("threefold", max_tokens=3))).finished()
-        after = await talk.measure(ORCHESTRATOR, "tensorway_tokens_total", "threefold")
+        after = await talk.measure(ORCHESTRATOR, "tensorway_orchestrator_tokens_total", "threefold")
         (holder,) = [name for name, count in after.items() if count > before[name]]
         async with talk.call(request) as call:
             await call.tokens(10)

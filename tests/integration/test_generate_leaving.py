@@ -56,14 +56,14 @@ async def all_free(talk: Talk) -> list[int]:
         )
         free.append(idle.num_free_blocks)
     async with asyncio.timeout(60):
-        while any((await talk.measure(ORCHESTRATOR, "tensorway_open_streams", MODEL)).values()):
+        while any((await talk.measure(ORCHESTRATOR, "tensorway_orchestrator_open_streams", MODEL)).values()):
             await asyncio.sleep(0.05)
     return free
 
 
 async def said(talk: Talk) -> float:
     """Tokens that groups have said so far."""
-    return sum((await talk.measure(ORCHESTRATOR, "tensorway_tokens_total", MODEL)).values())
+    return sum((await talk.measure(ORCHESTRATOR, "tensorway_orchestrator_tokens_total", MODEL)).values())
 
 
 async def cancel(talk: Talk, count: int) -> None:
@@ -210,7 +210,7 @@ async def busy(talk: Talk, service: str) -> str:
     if service == "node":
         return (await talk.until_group(MODEL, lambda one: one.num_running_answers > 0)).ranks[0].node
     if service == "orchestrator":
-        num_open = await talk.measure(ORCHESTRATOR, "tensorway_open_streams", MODEL)
+        num_open = await talk.measure(ORCHESTRATOR, "tensorway_orchestrator_open_streams", MODEL)
         return max(num_open, key=lambda name: num_open[name])
     return "gateway-2"
 

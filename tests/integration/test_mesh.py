@@ -187,7 +187,7 @@ async def test_ops_ports(mesh: Mesh) -> None:
         assert (await asyncio.to_thread(read, f"{base}/readyz")).strip() == "ready"
         assert "process_cpu_seconds_total" in await asyncio.to_thread(read, f"{base}/metrics")
     (orchestrator,) = await mesh.members(ORCHESTRATOR)
-    assert "tensorway_batch_rows" in await asyncio.to_thread(read, f"http://{orchestrator.metadata['ops']}/metrics")
+    assert "tensorway_orchestrator_batch_rows" in await asyncio.to_thread(read, f"http://{orchestrator.metadata['ops']}/metrics")
 
 
 async def test_the_command_line(mesh: Mesh) -> None:

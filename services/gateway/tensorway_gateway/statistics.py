@@ -146,7 +146,7 @@ class StatisticsCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The metrics as they are now; called for each scrape."""
-        requests = CounterMetricFamily("tensorway_gateway_requests", "Requests answered.", labels=("model", "status"))
+        requests = CounterMetricFamily("tensorway_gateway_requests", "Requests answered.", labels=("model", "code"))
         received = CounterMetricFamily("tensorway_gateway_received_bytes", "Tensor bytes received.", labels=("model",))
         durations = HistogramMetricFamily(
             "tensorway_gateway_request_duration_seconds", "From the request's bytes to its answer's.", labels=("model",)

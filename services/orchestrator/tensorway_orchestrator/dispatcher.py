@@ -29,7 +29,7 @@ from tensorway_orchestrator.keyed_requests import KeyedRequests
 from tensorway_orchestrator.lane import Lane
 from tensorway_orchestrator.lane_load import read_load
 from tensorway_orchestrator.load import LaneMeter
-from tensorway_orchestrator.metrics import OrchestratorMetrics
+from tensorway_orchestrator.metrics import LaneLevel, OrchestratorMetrics
 from tensorway_orchestrator.pool import Group
 from tensorway_orchestrator.retention import Retention
 from tensorway_orchestrator.retry import RetryPolicy
@@ -54,7 +54,7 @@ class Dispatcher:
             Retention(settings.stream_retention_s, settings.max_parked_streams, settings.max_parked_bytes), metrics
         )
         self._keys = KeyedRequests(settings.answer_retention_s, settings.max_kept_answer_bytes, metrics)
-        self._handover = Handover(self._find, self._enter, lambda model: metrics.fallbacks.labels(model).inc())
+        self._handover = Handover(self._find, self._enter, self._count_fallback)
         self._lanes: dict[tuple[str, str], Lane | GenerationLane] = {}
         #: Model -> revision that serves.
         self._serving: dict[str, str] = {}
@@ -67,9 +67,26 @@ class Dispatcher:
         self._documents: Mapping[str, bytes] = {}
 
     @property
+    def held_bytes(self) -> int:
+        """Tensor bytes of all open requests."""
+        return self._held.total
+
+    @property
     def num_open(self) -> int:
         """Requests that are not answered, and streams that have a reader."""
         return sum(lane.num_open for lane in self._lanes.values())
+
+    def open_requests(self) -> list[tuple[str, int]]:
+        """The model of each lane, and its requests that are not answered."""
+        return [(lane.spec.model, lane.num_open) for lane in self._lanes.values()]
+
+    def levels(self) -> list[LaneLevel]:
+        """How much is open in each lane."""
+        return [
+            LaneLevel(lane.spec.model, queued_rows=lane.queue.num_rows) if isinstance(lane, Lane)
+            else LaneLevel(lane.spec.model, num_streams=lane.num_open, num_waiting_choices=lane.queue.num_waiting)
+            for lane in self._lanes.values()
+        ]
 
     def rosters(self) -> list[tuple[str, Roster]]:
         """The model and the roster of each lane."""
@@ -231,7 +248,6 @@ class Dispatcher:
             meter=LaneMeter.of(spec, time.monotonic(), self.called.set),
             zone=settings.zone,
         )
-        self._metrics.queued_rows.labels(spec.model).set_function(lambda: lane.queue.num_rows)
         lane.start()
         return lane
 
@@ -248,8 +264,6 @@ class Dispatcher:
             table=self._streams,
             zone=self._settings.zone,
         )
-        metrics.open_streams.labels(spec.model).set_function(lambda: lane.num_open)
-        metrics.waiting_choices.labels(spec.model).set_function(lambda: lane.queue.num_waiting)
         lane.start()
         return lane
 

@@ -44,7 +44,7 @@ class KeyedRequests:
             raise InvalidRequest(
                 f"idempotency_key: {key!r} was used for another request; use a new key for new content", field="idempotency_key"
             )
-        self._metrics.repeats.labels(envelope.model).inc()
+        self._metrics.model(envelope.model).num_repeats += 1
         if known.outcome is not None:
             _tell(exchange, known.outcome)
         else:

@@ -1,151 +1,212 @@
-"""What the orchestrator counts, in Prometheus' words."""
+"""What the orchestrator counts, in Prometheus' words. Counting adds to plain integers; the words are found when somebody scrapes."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from tensorway.loads import ModelLoad
+from tensorway_orchestrator.counts import BatchCounts, Distribution, ModelCounts, StreamCounts
 
-_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_PREFIX: Final = "tensorway_orchestrator_"
+_MODEL: Final = ("model",)
+T = TypeVar("T")
 
 
-class OrchestratorMetrics:
-    """The families; `lane` gives the children of one model, looked up once."""
+@dataclass(frozen=True, slots=True)
+class LaneLevel:
+    """How much is open in one lane now. `num_streams` and `num_waiting_choices` are None where the model does not generate."""
+
+    model: str
+    queued_rows: int | None = None
+    num_streams: int | None = None
+    num_waiting_choices: int | None = None
+
+
+class OrchestratorMetrics(Collector):
+    """All counts; `lane` and `streams` give those of one model, looked up once."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        labels = ("model",)
-        self.requests = Counter("tensorway_requests", "Requests ended, by gRPC status.", ("model", "code"), registry=registry)
-        self.queue_s = Histogram(
-            "tensorway_queue_seconds", "Time in the queue, to the last attempt.", labels, buckets=_SECONDS, registry=registry
-        )
-        self.batch_rows = Histogram("tensorway_batch_rows", "Rows in a batch.", labels, buckets=_ROWS, registry=registry)
-        self.step_s = Histogram("tensorway_step_seconds", "Step time of a batch.", labels, buckets=_SECONDS, registry=registry)
-        self.retries = Counter("tensorway_retries", "Attempts after the first.", labels, registry=registry)
-        self.lost = Counter("tensorway_lost_attempts", "Batches whose group was lost.", labels, registry=registry)
-        self.hedges = Counter("tensorway_hedges", "Requests sent to a second group because they were late.", labels, registry=registry)
-        self.hedge_wins = Counter("tensorway_hedge_wins", "Hedged requests that the second group answered.", labels, registry=registry)
-        self.stuck = Counter("tensorway_stuck_batches", "Batches late beyond all prediction.", labels, registry=registry)
-        self.quarantined = Counter("tensorway_quarantined", "Requests that killed two groups.", labels, registry=registry)
-        self.fallbacks = Counter("tensorway_fallbacks", "Requests handed on to the model's fallback.", labels, registry=registry)
-        self.repeats = Counter(
-            "tensorway_idempotent_repeats", "Requests that came again with their key and were not run again.", labels, registry=registry
-        )
-        self.queued_rows = Gauge("tensorway_queued_rows", "Rows waiting.", labels, registry=registry)
-        self.open_streams = Gauge("tensorway_open_streams", "Token streams that have a reader.", labels, registry=registry)
-        self.waiting_choices = Gauge("tensorway_waiting_choices", "Answers that wait for a place on a group.", labels, registry=registry)
-        self.parked_streams = Gauge("tensorway_parked_streams", "Token streams kept for a reader that may come back.", registry=registry)
-        self.tokens = Counter("tensorway_tokens", "Tokens that groups have said.", labels, registry=registry)
-        self.arrival = Gauge("tensorway_arrival_rows_per_second", "Rows that come, over some ten seconds.", labels, registry=registry)
-        self.utilisation = Gauge(
-            "tensorway_utilisation_ratio", "Share of the time that groups spend on this orchestrator's batches.", labels, registry=registry
-        )
-        self.predicted = Gauge("tensorway_predicted_replicas", "Replicas that this orchestrator's load needs.", labels, registry=registry)
-        self.desired = Gauge("tensorway_desired_replicas", "Replicas that are wanted.", labels, registry=registry)
-        self.restarts = Counter("tensorway_stream_restarts", "Answers continued after their group was lost.", labels, registry=registry)
-        self.resumes = Counter("tensorway_stream_resumes", "Token streams that a reader came back to.", labels, registry=registry)
+        self._models: dict[str, ModelCounts] = {}
+        self._batches: dict[str, BatchCounts] = {}
+        self._streams: dict[str, StreamCounts] = {}
+        self._loads: tuple[tuple[ModelLoad, int], ...] = ()
+        #: Tells what is open, and how many streams wait for a reader that may come back.
+        self.levels: Callable[[], Iterable[LaneLevel]] = tuple
+        self.num_parked: Callable[[], int] = int
+        registry.register(self)
 
     def lane(self, model: str) -> LaneMetrics:
-        return LaneMetrics(self, model)
-
-    def loads(self, loads: Iterable[ModelLoad], wanted: Callable[[str], int]) -> None:
-        """Sets the gauges of the load; `wanted` tells the replicas of a model."""
-        for load in loads:
-            self.arrival.labels(load.model).set(load.arrival_rows_per_s)
-            self.utilisation.labels(load.model).set(load.utilisation)
-            self.predicted.labels(load.model).set(load.predicted_replicas)
-            self.desired.labels(load.model).set(wanted(load.model))
+        """Those of a model whose requests are joined."""
+        return LaneMetrics(self.model(model), self._batches.setdefault(model, BatchCounts()))
 
     def streams(self, model: str) -> StreamMetrics:
         """Those of a model that generates."""
-        return StreamMetrics(self, model)
+        return StreamMetrics(self.model(model), self._streams.setdefault(model, StreamCounts()))
+
+    def model(self, model: str) -> ModelCounts:
+        """Those of any model."""
+        return self._models.setdefault(model, ModelCounts())
+
+    def loads(self, loads: Iterable[ModelLoad], wanted: Callable[[str], int]) -> None:
+        """Takes the load as it is now; `wanted` tells the replicas of a model."""
+        self._loads = tuple((load, wanted(load.model)) for load in loads)
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics as they are now; called for each scrape, in the loop."""
+        yield from self._requests()
+        yield from self._batch_families()
+        yield from self._stream_families()
+        yield from self._level_families()
+        yield from self._load_families()
+
+    def _requests(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(f"{_PREFIX}requests", "Requests ended, by gRPC status.", labels=("model", "code"))
+        for model, counts in self._models.items():
+            requests.add_metric((model, "OK"), counts.num_answered)
+            for code, number in counts.failures.items():
+                requests.add_metric((model, code), number)
+        yield requests
+        yield _histogram("queue_seconds", "Time in the queue, to the last attempt.", self._models, lambda counts: counts.queue_s)
+        yield _counter("fallbacks", "Requests handed on to the model's fallback.", self._models, lambda counts: counts.num_fallbacks)
+        yield _counter(
+            "idempotent_repeats", "Requests that came again with their key and were not run again.", self._models,
+            lambda counts: counts.num_repeats,
+        )
+
+    def _batch_families(self) -> Iterator[Metric]:
+        batches = self._batches
+        yield _histogram("batch_rows", "Rows in a batch.", batches, lambda counts: counts.rows)
+        yield _histogram("step_seconds", "Step time of a batch.", batches, lambda counts: counts.step_s)
+        yield _counter("retries", "Attempts after the first.", batches, lambda counts: counts.num_retries)
+        yield _counter("lost_attempts", "Batches whose group was lost.", batches, lambda counts: counts.num_lost)
+        yield _counter("hedges", "Requests sent to a second group because they were late.", batches, lambda counts: counts.num_hedges)
+        yield _counter("hedge_wins", "Hedged requests that the second group answered.", batches, lambda counts: counts.num_hedge_wins)
+        yield _counter("stuck_batches", "Batches late beyond all prediction.", batches, lambda counts: counts.num_stuck)
+        yield _counter("quarantined", "Requests that killed two groups.", batches, lambda counts: counts.num_quarantined)
+
+    def _stream_families(self) -> Iterator[Metric]:
+        streams = self._streams
+        yield _counter("tokens", "Tokens that groups have said.", streams, lambda counts: counts.num_tokens)
+        yield _counter("stream_restarts", "Answers continued after their group was lost.", streams, lambda counts: counts.num_restarts)
+        yield _counter("stream_resumes", "Token streams that a reader came back to.", streams, lambda counts: counts.num_resumes)
+        yield GaugeMetricFamily(f"{_PREFIX}parked_streams", "Token streams kept for a reader that may come back.", self.num_parked())
+
+    def _level_families(self) -> Iterator[Metric]:
+        levels = tuple(self.levels())
+        for name, said, level_of in (
+            ("queued_rows", "Rows waiting.", lambda level: level.queued_rows),
+            ("open_streams", "Token streams that have a reader.", lambda level: level.num_streams),
+            ("waiting_choices", "Answers that wait for a place on a group.", lambda level: level.num_waiting_choices),
+        ):
+            # A model may have several revisions, each with a lane of its own.
+            sums: Counter[str] = Counter()
+            for level in levels:
+                if (number := level_of(level)) is not None:
+                    sums[level.model] += number
+            family = GaugeMetricFamily(_PREFIX + name, said, labels=_MODEL)
+            for model, number in sums.items():
+                family.add_metric((model,), number)
+            yield family
+
+    def _load_families(self) -> Iterator[Metric]:
+        for name, said, value_of in (
+            ("arrival_rows_per_second", "Rows that come, over some ten seconds.", lambda load, _: load.arrival_rows_per_s),
+            ("utilisation_ratio", "Share of the time that groups spend on this orchestrator's batches.", lambda load, _: load.utilisation),
+            ("predicted_replicas", "Replicas that this orchestrator's load needs.", lambda load, _: load.predicted_replicas),
+            ("desired_replicas", "Replicas that are wanted.", lambda _, wanted: wanted),
+            ("ready_replicas", "Live groups of the serving revision that this orchestrator reaches.", lambda load, _: load.num_groups),
+        ):
+            family = GaugeMetricFamily(_PREFIX + name, said, labels=_MODEL)
+            for load, wanted in self._loads:
+                family.add_metric((load.model,), value_of(load, wanted))
+            yield family
 
 
 class LaneMetrics:
-    """The counters of one model."""
+    """Counts one model's requests and batches."""
 
-    def __init__(self, families: OrchestratorMetrics, model: str) -> None:
+    __slots__ = ("_batches", "_model")
+
+    def __init__(self, model: ModelCounts, batches: BatchCounts) -> None:
         self._model = model
-        self._requests = families.requests
-        self._ok = families.requests.labels(model, "OK")
-        self._queue_s = families.queue_s.labels(model)
-        self._batch_rows = families.batch_rows.labels(model)
-        self._step_s = families.step_s.labels(model)
-        self._retries = families.retries.labels(model)
-        self._lost = families.lost.labels(model)
-        self._hedges = families.hedges.labels(model)
-        self._hedge_wins = families.hedge_wins.labels(model)
-        self._stuck = families.stuck.labels(model)
-        self._quarantined = families.quarantined.labels(model)
+        self._batches = batches
 
     def answered(self, queue_s: float) -> None:
-        self._ok.inc()
-        self._queue_s.observe(queue_s)
+        self._model.num_answered += 1
+        self._model.queue_s.observe(queue_s)
 
     def failed(self, code: str) -> None:
-        self._requests.labels(self._model, code).inc()
+        self._model.failures[code] += 1
 
     def batch(self, rows: int, step_s: float) -> None:
-        self._batch_rows.observe(rows)
-        self._step_s.observe(step_s)
+        self._batches.rows.observe(rows)
+        self._batches.step_s.observe(step_s)
 
     def retried(self, number: int) -> None:
-        self._retries.inc(number)
+        self._batches.num_retries += number
 
     def hedged(self, number: int) -> None:
-        self._hedges.inc(number)
+        self._batches.num_hedges += number
 
     def hedge_won(self) -> None:
-        self._hedge_wins.inc()
+        self._batches.num_hedge_wins += 1
 
     def stuck(self) -> None:
-        self._stuck.inc()
+        self._batches.num_stuck += 1
 
     def quarantined(self) -> None:
-        self._quarantined.inc()
+        self._batches.num_quarantined += 1
 
     def lost(self) -> None:
-        self._lost.inc()
+        self._batches.num_lost += 1
 
 
 class StreamMetrics:
-    """The counters of one model that generates."""
+    """Counts one model's answers of tokens."""
 
-    def __init__(self, families: OrchestratorMetrics, model: str) -> None:
+    __slots__ = ("_model", "_streams")
+
+    def __init__(self, model: ModelCounts, streams: StreamCounts) -> None:
         self._model = model
-        self._requests = families.requests
-        self._ok = families.requests.labels(model, "OK")
-        self._queue_s = families.queue_s.labels(model)
-        self._tokens = families.tokens.labels(model)
-        self._restarts = families.restarts.labels(model)
-        self._resumes = families.resumes.labels(model)
-        #: Tokens that are not counted yet.
-        self._num_said = 0
+        self._streams = streams
 
     def answered(self) -> None:
-        self._ok.inc()
+        self._model.num_answered += 1
 
     def failed(self, code: str) -> None:
-        self._requests.labels(self._model, code).inc()
+        self._model.failures[code] += 1
 
     def sent(self, queue_s: float) -> None:
-        self._queue_s.observe(queue_s)
+        self._model.queue_s.observe(queue_s)
 
     def said(self, num_tokens: int) -> None:
-        # A step's tokens come in one turn of the loop, and are counted together.
-        if not self._num_said and num_tokens:
-            asyncio.get_running_loop().call_soon(self._count_said)
-        self._num_said += num_tokens
-
-    def _count_said(self) -> None:
-        num_said, self._num_said = self._num_said, 0
-        self._tokens.inc(num_said)
+        self._streams.num_tokens += num_tokens
 
     def restarted(self) -> None:
-        self._restarts.inc()
+        self._streams.num_restarts += 1
 
     def resumed(self) -> None:
-        self._resumes.inc()
+        self._streams.num_resumes += 1
+
+
+def _counter(name: str, said: str, counts: Mapping[str, T], number_of: Callable[[T], int]) -> Metric:
+    family = CounterMetricFamily(_PREFIX + name, said, labels=_MODEL)
+    for model, counted in counts.items():
+        family.add_metric((model,), number_of(counted))
+    return family
+
+
+def _histogram(name: str, said: str, counts: Mapping[str, T], values_of: Callable[[T], Distribution]) -> Metric:
+    family = HistogramMetricFamily(_PREFIX + name, said, labels=_MODEL)
+    for model, counted in counts.items():
+        values = values_of(counted)
+        family.add_metric((model,), list(values.cumulative()), values.sum)
+    return family

@@ -37,6 +37,8 @@ class Group:
     roster: Roster | None = None
     record: GroupRecord | None = None
     num_in_flight: int = 0
+    #: Since it was found.
+    num_sent: int = 0
     has_idled: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -72,6 +74,7 @@ class Group:
         if self.roster is None or self.record is None:
             raise InternalError(f"group {self.id} is in no lane's roster")
         self.num_in_flight += 1
+        self.num_sent += 1
         self.has_idled.clear()
         return Sending(self, self.roster, self.roster.began(self.record, rows, now_s))
 
@@ -114,6 +117,10 @@ class GroupPool:
     @property
     def num_connected(self) -> int:
         return sum(1 for group in self._groups.values() if group.lives)
+
+    def groups(self) -> tuple[Group, ...]:
+        """Every live group."""
+        return tuple(self._groups.values())
 
     async def run(self) -> None:
         """Follows the registry until cancelled."""

@@ -23,8 +23,12 @@ class RosterCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One look. Runs in the loop, like everything that changes a roster."""
-        groups = GaugeMetricFamily("tensorway_groups", "Groups that this orchestrator knows, by how they stand.", labels=("model", "state"))
-        ejections = CounterMetricFamily("tensorway_ejections", "Groups left out for a while, by reason.", labels=("model", "reason"))
+        groups = GaugeMetricFamily(
+            "tensorway_orchestrator_groups", "Groups that this orchestrator knows, by how they stand.", labels=("model", "state")
+        )
+        ejections = CounterMetricFamily(
+            "tensorway_orchestrator_ejections", "Groups left out for a while, by reason.", labels=("model", "reason")
+        )
         now_s = time.monotonic()
         states: dict[str, Counter[str]] = {}
         reasons: dict[str, Counter[str]] = {}

@@ -13,6 +13,7 @@ from tensorway_orchestrator.dispatcher import Dispatcher
 from tensorway_orchestrator.load_board import LoadBoard
 from tensorway_orchestrator.metrics import OrchestratorMetrics
 from tensorway_orchestrator.pool import Group, GroupPool
+from tensorway_orchestrator.pool_metrics import PoolCollector
 from tensorway_orchestrator.roster_metrics import RosterCollector
 from tensorway_orchestrator.scaler import Scaler
 from tensorway_orchestrator.servicer import InferenceServicer
@@ -52,6 +53,7 @@ class Orchestrator:
         self._pool = GroupPool(
             context.registry, self._settings.max_message_bytes, self._group_changed, self._settings.local_links, self._settings.mesh_tls
         )
+        PoolCollector(self._pool.groups, dispatcher.open_requests, lambda: dispatcher.held_bytes, context.metrics)
         board = LoadBoard(
             context.id, context.registry, dispatcher.loads, dispatcher.called, lambda loads: metrics.loads(loads, dispatcher.wanted)
         )

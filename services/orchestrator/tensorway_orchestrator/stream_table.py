@@ -27,7 +27,7 @@ class StreamTable:
         self._retention = retention
         self._streams: dict[str, tuple[StreamOwner, Stream]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        metrics.parked_streams.set_function(lambda: retention.num_parked)
+        metrics.num_parked = lambda: retention.num_parked
 
     @property
     def num_parked(self) -> int:

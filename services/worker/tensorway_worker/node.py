@@ -21,6 +21,7 @@ from tensorway.tls import OPEN_TO_MEMBERS, OPERATOR, WORKER, MeshTls, ServerTls
 from tensorway_worker.adaptation import AdaptationHost
 from tensorway_worker.devices import DevicePool, cuda_devices
 from tensorway_worker.guest_host import GuestHost
+from tensorway_worker.metrics import NodeCollector
 from tensorway_worker.replicas import ReplicaKeeper
 from tensorway_worker.servicer import NodeServicer
 from tensorway_worker.settings import NodeSettings
@@ -64,6 +65,7 @@ class Node:
         self._adaptations = AdaptationHost(context.id, by_revision, self._settings, devices)
         self._adaptations.attach(context.server)
         NodeServicer(context.id, self._keeper.reports).attach(context.server)
+        NodeCollector(self._keeper.reports, len(devices.devices), context.metrics)
         self._keeping = context.tasks.create_task(self._offer_and_keep(context.registry, directories, self._keeper), name="replicas")
         self._context = context
         self._changed()

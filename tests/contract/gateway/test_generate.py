@@ -158,8 +158,8 @@ async def test_models_that_do_not_generate_or_are_not_known(tmp_path: Path, impl
             assert await silent.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert mesh.orchestrators[0].heads == []
         value = mesh.context.metrics.get_sample_value
-        assert value("tensorway_gateway_requests_total", {"model": "echo", "status": "FAILED_PRECONDITION"}) == 1
-        assert value("tensorway_gateway_requests_total", {"model": "", "status": "NOT_FOUND"}) == 1
+        assert value("tensorway_gateway_requests_total", {"model": "echo", "code": "FAILED_PRECONDITION"}) == 1
+        assert value("tensorway_gateway_requests_total", {"model": "", "code": "NOT_FOUND"}) == 1
 
 
 async def test_an_error_comes_after_what_was_sent(tmp_path: Path, implementation: str) -> None:
@@ -265,7 +265,7 @@ async def test_metrics_of_streams(tmp_path: Path, implementation: str) -> None:
             async with generating(mesh.endpoint, request()) as reading:
                 await reading.all()
         value = mesh.context.metrics.get_sample_value
-        await mesh.until(lambda: value("tensorway_gateway_requests_total", {"model": "talker", "status": "OK"}) == 2)
+        await mesh.until(lambda: value("tensorway_gateway_requests_total", {"model": "talker", "code": "OK"}) == 2)
         assert value("tensorway_gateway_stream_messages_total", {"model": "talker"}) == 14
         assert value("tensorway_gateway_first_delta_seconds_count", {"model": "talker"}) == 2
         assert value("tensorway_gateway_stream_messages_total", {"model": "echo"}) is None

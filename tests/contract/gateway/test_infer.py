@@ -262,9 +262,9 @@ async def test_metrics_count_by_model_and_status(tmp_path: Path, implementation:
             with pytest.raises(TensorwayError):
                 await client.infer(model, inputs)
         value = mesh.context.metrics.get_sample_value
-        assert value("tensorway_gateway_requests_total", {"model": "echo", "status": "OK"}) == 1
-        assert value("tensorway_gateway_requests_total", {"model": "echo", "status": "INVALID_ARGUMENT"}) == 1
-        assert value("tensorway_gateway_requests_total", {"model": "", "status": "NOT_FOUND"}) == 1
+        assert value("tensorway_gateway_requests_total", {"model": "echo", "code": "OK"}) == 1
+        assert value("tensorway_gateway_requests_total", {"model": "echo", "code": "INVALID_ARGUMENT"}) == 1
+        assert value("tensorway_gateway_requests_total", {"model": "", "code": "NOT_FOUND"}) == 1
         assert value("tensorway_gateway_request_duration_seconds_count", {"model": "echo"}) == 2
         assert value("tensorway_gateway_received_bytes_total", {"model": "echo"}) == X.nbytes + 5
         assert value("tensorway_gateway_in_flight_requests") == 0

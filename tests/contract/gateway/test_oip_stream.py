@@ -240,7 +240,7 @@ async def test_a_client_that_wants_a_status_gets_one(tmp_path: Path, implementat
             await stream.hear()
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         value = mesh.context.metrics.get_sample_value
-        assert value("tensorway_gateway_requests_total", {"model": "", "status": "NOT_FOUND"}) == 1
+        assert value("tensorway_gateway_requests_total", {"model": "", "code": "NOT_FOUND"}) == 1
 
 
 async def test_a_client_that_goes_away_cancels_all_its_requests(tmp_path: Path, implementation: str) -> None:

@@ -355,3 +355,28 @@ async def test_handlers_are_checked_when_they_are_added(rig: Rig) -> None:
 def test_an_unknown_implementation_is_refused() -> None:
     with pytest.raises(TensorwayError, match="carrier-pigeon"):
         create_server(ServerOptions("127.0.0.1:0", "carrier-pigeon"))
+
+
+async def test_the_first_free_port_of_a_range_is_taken(rig: Rig) -> None:
+    """Until none is left; what is no range is said."""
+    first = await _free_pair()
+    ports = f"127.0.0.1:{first}-{first + 1}"
+    assert [await rig.serve(endpoint=ports) for _ in range(2)] == [f"127.0.0.1:{first}", f"127.0.0.1:{first + 1}"]
+    with pytest.raises(Unavailable, match=f"cannot listen on {ports}: it is in use"):
+        await rig.serve(endpoint=ports)
+    for bad in ("9-8", "0-5", "-5", "5-", "1-65536"):
+        with pytest.raises(InvalidRequest, match="is no range of ports"):
+            await rig.serve(endpoint=f"127.0.0.1:{bad}")
+
+
+async def _free_pair() -> int:
+    """The first of two neighbouring ports that are free."""
+    while True:
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            port: int = one.getsockname()[1]
+            try:
+                other.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port

@@ -15,7 +15,7 @@ PRODUCT = ("tensorway", "services")
 BESIDE = ("docs", "examples", "benchmarks", "models")
 #: Stubs made by protoc.
 GENERATED = ("tensorway/v1/", "tensorway/compat/")
-_SKIPPED = {"__pycache__", "files", "build", "dist", "node_modules"}
+_SKIPPED = {"__pycache__", "files", "build", "dist", "node_modules", "wheels", "certs"}
 
 
 @dataclass(frozen=True, slots=True)

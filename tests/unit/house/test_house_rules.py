@@ -56,6 +56,7 @@ ENVIRONMENT = {
     "tensorway/fetch.py": "where the user's cache lies",
     "tensorway/cli/app.py": "passes it on to the service that it becomes",
     "tensorway/cli/local_mesh.py": "passes it on to the services that it starts",
+    "tensorway/probe.py": "where its service's certificate lies",
     "tensorway/transport/__init__.py": "grpc core reads its verbosity there, at its import",
     "services/worker/tensorway_worker/rank_process.py": "passes it on to ranks",
     "services/worker/tensorway_worker/rank/__main__.py": "thread settings that libraries read at their import",

@@ -301,7 +301,7 @@ class Bench:
 
     @property
     def num_parked(self) -> int:
-        return int(self.metrics.get_sample_value("tensorway_parked_streams") or 0)
+        return int(self.metrics.get_sample_value("tensorway_orchestrator_parked_streams") or 0)
 
     async def add_leader(self, name: str, epoch: int = 1, dies_at: int | None = None) -> Leader:
         """A leader that is registered and connected, or was: it may have died since."""

@@ -60,7 +60,7 @@ async def test_a_group_may_die_at_every_token(bench: Bench, num_choices: int, is
         assert len(victim.attempts) == num_choices
         await retire(bench, victim)
     # Where all was said but `finished`, it may have come through.
-    assert bench.counted("tensorway_stream_restarts_total") >= NUM_TOKENS * num_choices
+    assert bench.counted("tensorway_orchestrator_stream_restarts_total") >= NUM_TOKENS * num_choices
 
 
 async def test_a_stream_outlives_many_groups(bench: Bench) -> None:
@@ -160,7 +160,7 @@ async def test_a_reader_may_vanish_at_every_message(bench: Bench, num_choices: i
         again = bench.resume(reader.started.stream_id, len(kept))
         await again.end()
         check_whole([*kept, *again.messages], place, num_choices)
-    assert bench.counted("tensorway_stream_resumes_total") == len(range(1, NUM_TOKENS + 2, 4))
+    assert bench.counted("tensorway_orchestrator_stream_resumes_total") == len(range(1, NUM_TOKENS + 2, 4))
 
 
 async def test_a_reader_whose_link_broke_resumes_over_another_and_its_places_were_free_meanwhile(tmp_path: Path) -> None:

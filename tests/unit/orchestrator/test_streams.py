@@ -43,8 +43,8 @@ async def test_a_stream_comes_whole(bench: Bench) -> None:
     assert (reader.started.model, reader.started.request_id, len(reader.started.revision)) == ("talker", "r", 64)
     assert len(reader.started.stream_id) >= 16
     assert all((reader.finished(choice).num_attempts, reader.finished(choice).group) == (1, "g#1") for choice in range(3))
-    assert bench.counted("tensorway_tokens_total") == 3 * NUM_TOKENS
-    assert bench.counted("tensorway_requests_total", model="talker", code="OK") == 1
+    assert bench.counted("tensorway_orchestrator_tokens_total") == 3 * NUM_TOKENS
+    assert bench.counted("tensorway_orchestrator_requests_total", model="talker", code="OK") == 1
     await eventually(lambda: not bench.lane.groups["g#1"].num_in_flight)
 
 
@@ -164,8 +164,8 @@ async def test_places_are_kept_and_waiting_is_by_priority_then_deadline(tmp_path
         waiting = [bench.generate(text, priority=priority, timeout_s=timeout_s) for text, priority, timeout_s in (
             ("low", -1, 5.0), ("late", 0, 15.0), ("soon", 0, 5.0), ("high", 5, 15.0),
         )]
-        await eventually(lambda: bench.counted("tensorway_waiting_choices") == 4)
-        assert bench.counted("tensorway_open_streams") == 6
+        await eventually(lambda: bench.counted("tensorway_orchestrator_waiting_choices") == 4)
+        assert bench.counted("tensorway_orchestrator_open_streams") == 6
         with pytest.raises(Overloaded, match="4 of 4 wait") as refused:
             await bench.generate().end()
         assert refused.value.retry_after_s > 0
