@@ -141,7 +141,8 @@ def open_tracer(settings: TraceSettings, resource: Mapping[str, str]) -> Tracer:
         from tensorway.telemetry.trace_export import SpanExport
     except ImportError as error:
         raise FailedPrecondition(
-            f"trace_endpoint: tracing needs OpenTelemetry ({error}); install tensorway[tracing]", field="trace_endpoint"
+            f"trace_endpoint: tracing needs OpenTelemetry ({error}); install opentelemetry-sdk and opentelemetry-exporter-otlp-proto-grpc",
+            field="trace_endpoint",
         ) from error
     return Tracer(SpanExport(settings, resource), settings.sample)
 

@@ -32,6 +32,7 @@ _MEMBER_S: Final = 3.0
 #: Beyond what a profile is given to record: beginning, gathering and putting together.
 _PROFILE_MORE_S: Final = 300.0
 _DEFAULT_PROFILE_S: Final = 30.0
+_CREDENTIALS: Final = ("authorization", "x-api-key")
 
 
 class MeshOperations:
@@ -102,16 +103,21 @@ class MeshOperations:
         chosen = [member for member in found if not wanted or member.id in wanted]
         timeout_s = min(_MEMBER_S, call.deadline.remaining_s() if call.deadline is not None else _MEMBER_S)
         async with asyncio.TaskGroup() as tasks:
-            changes = [tasks.create_task(self._change(member, request.level, request.seconds, timeout_s)) for member in chosen]
+            changes = [
+                tasks.create_task(self._change(member, request.level, request.seconds, timeout_s, _credentials(call, member)))
+                for member in chosen
+            ]
         return mesh_pb2.SetMemberLogLevelResponse(members=[change.result() for change in changes]).SerializeToString()
 
-    async def _change(self, member: Registration, level: str, seconds: float, timeout_s: float) -> mesh_pb2.MemberLogLevel:
+    async def _change(
+        self, member: Registration, level: str, seconds: float, timeout_s: float, credentials: tuple[tuple[str, str], ...]
+    ) -> mesh_pb2.MemberLogLevel:
         """What became of one member; that it could not be reached is no error of the others."""
         told = mesh_pb2.MemberLogLevel(kind=member.kind, id=member.id)
         message = ops_pb2.SetLogLevelRequest(level=level, seconds=seconds).SerializeToString()
         try:
             async with self._channel(member) as channel:
-                reply = await channel.unary(SET_LOG_LEVEL, message, timeout_s)
+                reply = await channel.unary(SET_LOG_LEVEL, message, timeout_s, credentials)
         except TensorwayError as error:
             told.error = error.message or type(error).__name__
         else:
@@ -125,3 +131,10 @@ class MeshOperations:
             yield channel
         finally:
             await channel.close()
+
+
+def _credentials(call: Call, member: Registration) -> tuple[tuple[str, str], ...]:
+    """What the caller showed, for another gateway, which asks who calls as this one did. Nobody else is told."""
+    if member.kind != GATEWAY:
+        return ()
+    return tuple((name, value) for name in _CREDENTIALS if isinstance(value := call.metadata.get(name), str))
