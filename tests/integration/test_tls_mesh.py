@@ -1,4 +1,5 @@
-"""A whole mesh with certificates on every hop, its certificates renewed under load, and what strangers reach of it."""
+"""A whole mesh with certificates on every hop, its certificates renewed under load, what strangers reach of it, and, at gateways that ask
+who calls, what each caller may do."""
 
 from __future__ import annotations
 
@@ -8,27 +9,32 @@ import json
 import os
 import subprocess
 import sysconfig
-from collections.abc import AsyncIterator
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytest_asyncio
+import yaml
 
 from tensorway import AsyncClient, Tls
 from tensorway.cli.certs import Authority
-from tensorway.errors import PermissionDenied, TensorwayError, Unavailable
+from tensorway.client_operations import ProfileWish
+from tensorway.errors import Overloaded, PermissionDenied, TensorwayError, Unauthenticated, Unavailable
 from tensorway.registry.port import GROUP, NODE, NODES, ORCHESTRATOR, Registration
-from tensorway.tls import GATEWAY, ROLES, WORKER, MeshTls, TlsFiles
+from tensorway.tls import GATEWAY, OPERATOR, ROLES, WORKER, MeshTls, TlsFiles
 from tensorway.transport import AsyncChannel
+from tests.contract.gateway.identities import token
+from tests.integration.conftest import Mesh, running_mesh
+from tests.integration.identity_doors import CERTIFIED, DEEDS, KEYED, MODEL, OTHER, Doors, doors_of, is_right
 from tests.unit.node.supervised import chain
-
-from .conftest import Mesh, running_mesh
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module")]
 
 TENSORWAY = Path(sysconfig.get_path("scripts")) / "tensorway"
-MODEL = "chain"
+GRPCURL = TENSORWAY.with_name("grpcurl")
 VALID = datetime.timedelta(hours=1)
 _SOON_S = 20.0
 
@@ -41,9 +47,20 @@ async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mesh]:
     for role in ROLES:
         authority.issue(role, ("localhost", "127.0.0.1") if role == GATEWAY else (), VALID)
     chain(folder / "models", "{pipeline: 2, nodes: 2}")
-    async with running_mesh(
-        folder, MODEL, models_dir=folder / "models", nodes=2, certs=folder / "certs", rank_interface="lo", grace_s=4.0
-    ) as made:
+    # A second model, which sleeps.
+    other = chain(folder / "more", "{}").rename(folder / "models" / OTHER)
+    document = yaml.safe_load((other / "model.yaml").read_text())
+    sleeping = {"name": OTHER, "replicas": 0, "scaling": {"min_replicas": 0, "max_replicas": 1}}
+    (other / "model.yaml").write_text(yaml.safe_dump({**document, **sleeping}))
+    settings = {"models": f'["{MODEL}","{OTHER}"]', "rank_interface": "lo", "grace_s": 4.0}
+    async with running_mesh(folder, MODEL, models_dir=folder / "models", nodes=2, certs=folder / "certs", **settings) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def doors(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doors]:
+    """Begun by the first test that asks who calls: the ones before it count the gateways."""
+    async with doors_of(mesh, tmp_path_factory.mktemp("access")) as made:
         yield made
 
 
@@ -153,6 +170,153 @@ async def test_a_member_with_another_authoritys_certificate_finds_no_way_in(mesh
     await mesh.processes.stop_member(gateway)
 
 
+OPEN, USES = {"health"}, {"infer", "oip", "oip stream", "see", "reflection"}
+RUNS = {"see", "scale", "scale other", "topology", "profile", "log level", "reflection"}
+
+
+@pytest.mark.parametrize(
+    ("who", "role", "allowed"),
+    [
+        ("web", "", USES),
+        ("team", "", {"scale other", "reflection"}),
+        ("ops", "", RUNS),
+        ("jwt:mesh.use", "", USES),
+        ("jwt:mesh.run", "", {"see", "scale other", "topology", "reflection"}),
+        ("jwt:unheard.of", "", set()),
+        ("", OPERATOR, RUNS),
+        ("web", OPERATOR, USES),  # a key says more than a certificate
+    ],
+)  # fmt: skip
+async def test_each_caller_may_do_what_the_file_says_and_no_more(doors: Doors, who: str, role: str, allowed: set[str]) -> None:
+    credential = token(scope=who[4:]) if who.startswith("jwt:") else doors.access.keys.get(who, "")
+    became = {deed: await doors.done(deed, credential, role) for deed in DEEDS}
+    assert became == {deed: "OK" if deed in allowed | OPEN else "PERMISSION_DENIED" for deed in DEEDS}
+
+
+@pytest.mark.parametrize(("credential", "role"), [("", ""), ("", WORKER), ("twk_no", ""), ("twk_no", OPERATOR), ("a.b.c", "")])
+async def test_who_proves_nothing_may_only_ask_whether_it_lives(doors: Doors, credential: str, role: str) -> None:
+    became = {deed: await doors.done(deed, credential, role) for deed in DEEDS}
+    assert became == {deed: "OK" if deed in OPEN else "UNAUTHENTICATED" for deed in DEEDS}
+
+
+async def test_what_was_managed_and_refused_is_written_down(doors: Doors) -> None:
+    """Of the tests before, at each of the gateways what was done there."""
+    await doors.written(
+        KEYED, ("key:ops", "ScaleModel", MODEL, "allowed"), ("key:ops", "ScaleModel", OTHER, "allowed"),
+        ("key:ops", "SetMemberLogLevel", "", "allowed"), ("key:team", "ScaleModel", OTHER, "allowed"),
+        ("key:team", "ScaleModel", MODEL, "refused"), ("key:web", "ScaleModel", MODEL, "refused"),
+        ("jwt:corp:alice", "ScaleModel", OTHER, "allowed"), ("jwt:corp:alice", "SetMemberLogLevel", "", "refused"),
+        ("anonymous", "ScaleModel", "", "missing"), ("anonymous", "GetTopology", "", "malformed"),
+    )  # fmt: skip
+    await doors.written(
+        CERTIFIED, ("certificate:operator.tensorway.internal", "ScaleModel", MODEL, "allowed"),
+        ("key:web", "ScaleModel", MODEL, "refused"), ("anonymous", "ScaleModel", "", "missing"),
+    )  # fmt: skip
+    # What only reads is no one's business.
+    assert not [line for line in doors.audit(KEYED) if line["method"].endswith(("/GetTopology", "/Infer")) and line["outcome"] == "allowed"]
+    assert not [key for key in doors.access.keys.values() if key in json.dumps(doors.audit(KEYED))]
+
+
+async def test_log_levels_reach_gateways_that_ask_who_calls(doors: Doors) -> None:
+    async with doors.client("ops") as client:
+        changes = await client.set_log_level("info")
+    assert {KEYED, CERTIFIED, "gateway-1", "orchestrator-1", "node-1", "node-2"} <= {change.id for change in changes}
+    assert {change.error for change in changes} == {""}
+
+
+async def test_a_profile_is_recorded_for_who_manages_the_model(doors: Doors) -> None:
+    sent = np.ones((1, 2), np.float32)
+    async with doors.client("web") as caller, doors.operator() as operator, asyncio.timeout(60):
+        content = b""
+        async with aclosing(operator.profile(ProfileWish(MODEL, num_steps=1))) as replies:
+            async for reply in replies:
+                if isinstance(reply, bytes):
+                    content += reply
+                else:
+                    assert is_right(sent, (await caller.infer(MODEL, {"x": sent}))["x"])
+    assert content.startswith(b"\x1f\x8b")
+
+
+async def test_the_client_waits_for_as_long_as_a_quota_says(doors: Doors) -> None:
+    sent = np.ones((1, 2), np.float32)
+    before = await _refusals(doors.mesh)
+    async with doors.client("slow", retries=20) as client, asyncio.timeout(60):
+        # Five a second and no burst: all at once, they are answered one after another, without a failure.
+        async with asyncio.TaskGroup() as tasks:
+            answers = [tasks.create_task(client.infer(MODEL, {"x": sent})) for _ in range(4)]
+        assert all(is_right(sent, answer.result()["x"]) for answer in answers)
+    assert await _refusals(doors.mesh) >= before + 3
+    async with doors.client("slow", retries=0) as client:
+        with pytest.raises(Overloaded, match=r"key:slow has used its 5 requests a second") as raised:
+            await asyncio.gather(*(client.infer(MODEL, {"x": sent}) for _ in range(3)))
+    assert 0.0 < raised.value.retry_after_s <= 0.2
+
+
+async def test_a_key_that_is_revoked_while_calls_run_ends_those_of_its_caller_alone(doors: Doors) -> None:
+    sent = np.ones((1, 2), np.float32)
+    has_begun, is_over = asyncio.Event(), asyncio.Event()
+
+    async def until_refused() -> None:
+        try:
+            async with doors.client("leaving", retries=0) as client:
+                while True:
+                    assert is_right(sent, (await client.infer(MODEL, {"x": sent}))["x"])
+                    has_begun.set()
+        except Unauthenticated as error:
+            assert "revoked" in error.message
+        finally:
+            is_over.set()
+
+    async def undisturbed() -> None:
+        async with doors.client("web", retries=0) as client:
+            while not is_over.is_set():
+                assert is_right(sent, (await client.infer(MODEL, {"x": sent}))["x"])
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        tasks.create_task(until_refused())
+        tasks.create_task(undisturbed())
+        await has_begun.wait()
+        revoked = await _command("keys", "revoke", "leaving", "--file", str(doors.access.path))
+        assert revoked.returncode == 0, revoked.stderr
+    assert await doors.done("infer", doors.access.keys["leaving"]) == "UNAUTHENTICATED"
+
+
+async def test_tools_say_who_calls(doors: Doors) -> None:
+    """The command line with a key's file, and grpcurl with a header."""
+    assert doors.mesh.certs is not None
+    ca, endpoint = str(doors.mesh.certs / "ca.pem"), doors.endpoints[KEYED]
+
+    def tensorway(name: str, *words: str) -> Awaitable[subprocess.CompletedProcess[str]]:
+        return _command("--tls-ca", ca, "--api-key-file", str(doors.key_file(name)), *words, "--endpoint", endpoint)
+
+    seen = ("-cacert", ca, "-expand-headers", "-H", "authorization: Bearer ${KEY}", endpoint, "list")
+    listed, scaled, refused, described, unknown = await asyncio.gather(
+        tensorway("web", "models", "list"), tensorway("team", "models", "scale", OTHER, "0"),
+        tensorway("team", "models", "scale", MODEL, "0"),
+        _command(*seen, command=GRPCURL, KEY=doors.access.keys["web"]), _command(*seen, command=GRPCURL, KEY="twk_no"),
+    )
+    assert listed.returncode == 0, listed.stderr
+    assert MODEL in listed.stdout
+    assert OTHER not in listed.stdout
+    assert scaled.returncode == 0, scaled.stderr
+    assert refused.returncode == 1
+    assert "key:team may not manage model 'chain'" in " ".join(refused.stderr.split())
+    assert "tensorway.v1.InferenceService" in described.stdout, described.stderr
+    assert unknown.returncode != 0
+    async with doors.client("team") as client:
+        with pytest.raises(PermissionDenied, match="key:team may not infer model 'chain'; it may: infer:other, manage:other"):
+            await client.infer(MODEL, {"x": np.ones((1, 2), np.float32)})
+
+
+async def _refusals(mesh: Mesh) -> float:
+    """Requests that the first of the gateways that ask who calls has refused for more than their quota's rate."""
+    (ops,) = [member.metadata["ops"] for member in await mesh.members(GATEWAY) if member.id == KEYED]
+    with await asyncio.to_thread(urllib.request.urlopen, f"http://{ops}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    name = 'tensorway_gateway_quota_refusals_total{limit="requests_per_s"}'
+    return sum(float(line.split()[1]) for line in lines if line.startswith(name))
+
+
 def _tls(mesh: Mesh, role: str) -> MeshTls:
     assert mesh.certs is not None
     own = mesh.certs / role
@@ -201,9 +365,9 @@ def _listening_ports(pid: int) -> set[int]:
     return {int(fields[1].rpartition(":")[2], 16) for fields in lines if fields[3] == "0A" and fields[9] in sockets}
 
 
-async def _command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+async def _command(*words: str, command: Path = TENSORWAY, **environment: str) -> subprocess.CompletedProcess[str]:
     return await asyncio.to_thread(
-        subprocess.run, [TENSORWAY, *words], capture_output=True, text=True, check=False, timeout=60,
+        subprocess.run, [command, *words], capture_output=True, text=True, check=False, timeout=60,
         env={**os.environ, **environment},
     )
 

@@ -44,6 +44,7 @@ class Accounting:
         took_s, spec = time.monotonic() - arrival.arrived_s, revision.spec
         self._statistics.revision(spec.model, spec.revision).succeed(rows, timing, took_s, time.time())
         self._statistics.count(spec.model, Status.OK, arrival.num_bytes, took_s)
+        self._statistics.groups[timing.group] += 1
         if _LOG.isEnabledFor(logging.DEBUG):
             fields = {"group": timing.group, "rows": rows, "attempts": timing.num_attempts}
             _LOG.debug("request answered", extra={"fields": _fields_of(arrival, Status.OK, took_s, trace) | fields})
@@ -71,6 +72,7 @@ class Accounting:
     ) -> None:
         """A request that ended in `error`, and how far it got."""
         took_s = time.monotonic() - arrival.arrived_s
+        self._statistics.errors.add("" if model is None else model.name, arrival.request_id, error)
         if model is None:
             self._statistics.unknown[error.status] += 1
         else:

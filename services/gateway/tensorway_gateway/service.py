@@ -14,6 +14,7 @@ from tensorway_gateway.admission import Admission, Limits
 from tensorway_gateway.catalog import Catalog
 from tensorway_gateway.generation_path import GenerationPath
 from tensorway_gateway.identity.access import Access
+from tensorway_gateway.mesh_metrics import MeshCollector
 from tensorway_gateway.path import RequestPath
 from tensorway_gateway.servicers import generation, inference, mesh, model, oip
 from tensorway_gateway.servicers.mesh_ops import MeshOperations
@@ -80,6 +81,7 @@ class Gateway:
         admission = Admission(Limits(settings.max_in_flight_requests, settings.max_in_flight_bytes, settings.max_timeout_s))
         statistics = Statistics()
         StatisticsCollector(statistics, lambda: (admission.num_requests, admission.num_bytes), context.metrics)
+        MeshCollector(catalog, upstream, context.metrics)
         server = self.guard(context.server)
         access = Access(self._gate)
         if self._gate is not None:

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from tensorway.errors import Status
+from tensorway_gateway.recent_errors import RecentErrors
 from tensorway_gateway.requests import Timing
 
 #: Upper bounds of the duration histogram, seconds.
@@ -101,6 +102,9 @@ class Statistics:
         self._models: dict[str, ModelTotals] = {}
         #: Requests that named no known model, by status.
         self.unknown: Counter[Status] = Counter()
+        #: Answers by the group that made them, as the orchestrators say; streams are not among them.
+        self.groups: Counter[str] = Counter()
+        self.errors = RecentErrors()
 
     @property
     def models(self) -> Mapping[str, ModelTotals]:

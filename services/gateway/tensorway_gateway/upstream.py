@@ -27,6 +27,8 @@ class Orchestrator:
     id: str
     link: LinkClient
     num_in_flight: int = 0
+    #: Requests and streams that it was sent since it was found.
+    num_sent: int = 0
     is_leaving: bool = False
     has_idled: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -36,6 +38,7 @@ class Orchestrator:
 
     def begin(self) -> None:
         self.num_in_flight += 1
+        self.num_sent += 1
         self.has_idled.clear()
 
     def end(self) -> None:
@@ -88,6 +91,12 @@ class Upstream:
         #: Model -> preference; forgotten whenever the orchestrators change.
         self._preferred: dict[str, tuple[str, ...]] = {}
         self._connected = asyncio.Event()
+        #: Requests that went to another orchestrator because the one before was lost or refused.
+        self.num_reroutes = 0
+
+    def orchestrators(self) -> tuple[Orchestrator, ...]:
+        """All that are registered, connected or not; ids are `ID@ENDPOINT`."""
+        return tuple(self._orchestrators.values())
 
     @property
     def has_connected(self) -> bool:
@@ -121,6 +130,7 @@ class Upstream:
         while True:
             orchestrator = self._choose(model, tried, is_keyed)
             if orchestrator is not None:
+                self.num_reroutes += lost is not None
                 return orchestrator
             if lost is not None and self.has_connected:
                 raise lost

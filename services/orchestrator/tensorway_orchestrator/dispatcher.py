@@ -56,6 +56,7 @@ class Dispatcher:
         self._keys = KeyedRequests(settings.answer_retention_s, settings.max_kept_answer_bytes, metrics)
         self._handover = Handover(self._find, self._enter, self._count_fallback)
         self._lanes: dict[tuple[str, str], Lane | GenerationLane] = {}
+        metrics.levels = self.levels
         #: Model -> revision that serves.
         self._serving: dict[str, str] = {}
         #: Model -> replicas that are wanted of it.
@@ -76,15 +77,11 @@ class Dispatcher:
         """Requests that are not answered, and streams that have a reader."""
         return sum(lane.num_open for lane in self._lanes.values())
 
-    def open_requests(self) -> list[tuple[str, int]]:
-        """The model of each lane, and its requests that are not answered."""
-        return [(lane.spec.model, lane.num_open) for lane in self._lanes.values()]
-
     def levels(self) -> list[LaneLevel]:
         """How much is open in each lane."""
         return [
-            LaneLevel(lane.spec.model, queued_rows=lane.queue.num_rows) if isinstance(lane, Lane)
-            else LaneLevel(lane.spec.model, num_streams=lane.num_open, num_waiting_choices=lane.queue.num_waiting)
+            LaneLevel(lane.spec.model, lane.num_open, queued_rows=lane.queue.num_rows) if isinstance(lane, Lane)
+            else LaneLevel(lane.spec.model, lane.num_open, num_streams=lane.num_open, num_waiting_choices=lane.queue.num_waiting)
             for lane in self._lanes.values()
         ]
 
@@ -144,6 +141,9 @@ class Dispatcher:
             wanted = f"model {model!r}" + (f" revision {revision[:12]!r}" if revision else "")
             raise NotFound(f"{wanted} is unknown here; models known: {known}", field="model")
         return lane
+
+    def _count_fallback(self, model: str) -> None:
+        self._metrics.model(model).num_fallbacks += 1
 
     def _find(self, rule: Fallback) -> RevisionSpec:
         """See `Handover`."""

@@ -22,9 +22,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class LaneLevel:
-    """How much is open in one lane now. `num_streams` and `num_waiting_choices` are None where the model does not generate."""
+    """How much is open in one lane now. What the model has not, because it generates or does not, is None."""
 
     model: str
+    num_open: int
     queued_rows: int | None = None
     num_streams: int | None = None
     num_waiting_choices: int | None = None
@@ -101,11 +102,13 @@ class OrchestratorMetrics(Collector):
 
     def _level_families(self) -> Iterator[Metric]:
         levels = tuple(self.levels())
-        for name, said, level_of in (
+        families: tuple[tuple[str, str, Callable[[LaneLevel], int | None]], ...] = (
+            ("open_requests", "Requests not answered, waiting or running.", lambda level: level.num_open),
             ("queued_rows", "Rows waiting.", lambda level: level.queued_rows),
             ("open_streams", "Token streams that have a reader.", lambda level: level.num_streams),
             ("waiting_choices", "Answers that wait for a place on a group.", lambda level: level.num_waiting_choices),
-        ):
+        )
+        for name, said, level_of in families:
             # A model may have several revisions, each with a lane of its own.
             sums: Counter[str] = Counter()
             for level in levels:
@@ -117,13 +120,14 @@ class OrchestratorMetrics(Collector):
             yield family
 
     def _load_families(self) -> Iterator[Metric]:
-        for name, said, value_of in (
+        families: tuple[tuple[str, str, Callable[[ModelLoad, int], float]], ...] = (
             ("arrival_rows_per_second", "Rows that come, over some ten seconds.", lambda load, _: load.arrival_rows_per_s),
             ("utilisation_ratio", "Share of the time that groups spend on this orchestrator's batches.", lambda load, _: load.utilisation),
             ("predicted_replicas", "Replicas that this orchestrator's load needs.", lambda load, _: load.predicted_replicas),
             ("desired_replicas", "Replicas that are wanted.", lambda _, wanted: wanted),
             ("ready_replicas", "Live groups of the serving revision that this orchestrator reaches.", lambda load, _: load.num_groups),
-        ):
+        )
+        for name, said, value_of in families:
             family = GaugeMetricFamily(_PREFIX + name, said, labels=_MODEL)
             for load, wanted in self._loads:
                 family.add_metric((load.model,), value_of(load, wanted))

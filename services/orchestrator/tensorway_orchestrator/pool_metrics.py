@@ -1,8 +1,7 @@
-"""What each live group was sent, and what is open, read when somebody looks."""
+"""What each live group was sent, read when somebody looks."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
@@ -28,14 +27,10 @@ class SentTo(Protocol):
 
 
 class PoolCollector(Collector):
-    """`groups` gives every live group, `open_requests` the model and the open requests of each lane."""
+    """`groups` gives every live group, `held_bytes` the tensor bytes of all open requests."""
 
-    def __init__(
-        self, groups: Callable[[], Iterable[SentTo]], open_requests: Callable[[], Iterable[tuple[str, int]]], held_bytes: Callable[[], int],
-        registry: CollectorRegistry,
-    ) -> None:
+    def __init__(self, groups: Callable[[], Iterable[SentTo]], held_bytes: Callable[[], int], registry: CollectorRegistry) -> None:
         self._groups = groups
-        self._open_requests = open_requests
         self._held_bytes = held_bytes
         registry.register(self)
 
@@ -46,15 +41,12 @@ class PoolCollector(Collector):
             "tensorway_orchestrator_sent", "Batches, or answers of tokens to be made, that a live group was sent.", labels=labels
         )
         in_flight = GaugeMetricFamily("tensorway_orchestrator_group_in_flight", "Those that it has not answered.", labels=labels)
+        # One that was formed anew may still be leaving with its old epoch.
+        by_id: dict[tuple[str, str], list[SentTo]] = {}
         for group in self._groups():
-            sent.add_metric((group.model, group.group), group.num_sent)
-            in_flight.add_metric((group.model, group.group), group.num_in_flight)
-        # A model may have several revisions, each with a lane of its own.
-        num_open: Counter[str] = Counter()
-        for model, number in self._open_requests():
-            num_open[model] += number
-        opened = GaugeMetricFamily("tensorway_orchestrator_open_requests", "Requests not answered, waiting or running.", labels=("model",))
-        for model, number in num_open.items():
-            opened.add_metric((model,), number)
-        yield from (sent, in_flight, opened)
+            by_id.setdefault((group.model, group.group), []).append(group)
+        for label, found in by_id.items():
+            sent.add_metric(label, sum(each.num_sent for each in found))
+            in_flight.add_metric(label, sum(each.num_in_flight for each in found))
+        yield from (sent, in_flight)
         yield GaugeMetricFamily("tensorway_orchestrator_held_bytes", "Tensor bytes of all open requests.", self._held_bytes())

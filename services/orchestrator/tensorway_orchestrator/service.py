@@ -53,7 +53,7 @@ class Orchestrator:
         self._pool = GroupPool(
             context.registry, self._settings.max_message_bytes, self._group_changed, self._settings.local_links, self._settings.mesh_tls
         )
-        PoolCollector(self._pool.groups, dispatcher.open_requests, lambda: dispatcher.held_bytes, context.metrics)
+        PoolCollector(self._pool.groups, lambda: dispatcher.held_bytes, context.metrics)
         board = LoadBoard(
             context.id, context.registry, dispatcher.loads, dispatcher.called, lambda loads: metrics.loads(loads, dispatcher.wanted)
         )

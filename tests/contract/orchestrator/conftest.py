@@ -127,7 +127,7 @@ class Bench:
 
     def count(self, name: str, model: str = "echo") -> float:
         """A counter of the orchestrator."""
-        return self.metrics_registry.get_sample_value(f"tensorway_{name}_total", {"model": model}) or 0.0
+        return self.metrics_registry.get_sample_value(f"tensorway_orchestrator_{name}_total", {"model": model}) or 0.0
 
     async def infer(
         self, name: str, content: bytes = b"abc", *, rows: int = 1, timeout_s: float = 10.0, priority: int = 0, model: str = "echo",

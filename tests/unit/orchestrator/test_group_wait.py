@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 
+import pytest
+
+from tensorway_orchestrator import group_wait
 from tensorway_orchestrator.group_wait import GroupWait
 
 
@@ -59,3 +63,26 @@ async def test_where_another_model_answers_nobody_waits() -> None:
     wait.missing(is_registered=False)
     await asyncio.wait_for(given_up.wait(), 5)
     assert wait.is_over(time.monotonic() + 1)
+
+
+async def test_a_group_that_has_just_come_back_gets_the_time_to_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leader is registered before a link to it is up: how long there was none says nothing about that one."""
+    now_s = time.monotonic()
+    monkeypatch.setattr(group_wait, "time", SimpleNamespace(monotonic=lambda: now_s))
+    wait, given_up = waiting(30.0)
+    wait.missing(is_registered=True)
+    assert wait.is_over(now_s + 2.5), "it lives, but not for us"
+    wait.missing(is_registered=False)
+    assert not wait.is_over(now_s + 29.0)
+    now_s += 20.0
+    wait.missing(is_registered=True)
+    wait.missing(is_registered=True)
+    assert not wait.is_over(now_s + 1.5)
+    assert wait.is_over(now_s + 2.5)
+    now_s += 9.5
+    wait.missing(is_registered=False)
+    wait.missing(is_registered=True)
+    assert wait.is_over(now_s + 1.0), "no longer than any group is waited for"
+    wait.found()
+    assert not wait.is_over(now_s + 1e9)
+    assert not given_up.is_set()

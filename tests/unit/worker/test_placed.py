@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from cut_ranks import whole_of
 from worker_wire import MODELS
 
 from tensorway.errors import FailedPrecondition
@@ -16,6 +17,7 @@ from tensorway.model import Inputs
 from tensorway.model_directory import ModelDirectory, load_directory
 from tensorway_worker.engines.placed import PlacedEngine, placed_engine
 from tensorway_worker.engines.transformers import transformers_engine
+from tests.unit.worker.smollm2 import whole_engine
 
 pytestmark = pytest.mark.models
 
@@ -49,9 +51,8 @@ def inputs() -> Inputs:
 
 @cache
 def expected(name: str) -> torch.Tensor:
-    engine = transformers_engine(load_directory(MODELS / name), "cpu")
+    engine = whole_engine() if name == "smollm2" else whole_of(MODELS / name)
     with torch.inference_mode():
-        engine.load()
         (output,) = engine.run(inputs()).values()
     return torch.as_tensor(output)
 

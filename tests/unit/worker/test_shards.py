@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -14,19 +14,14 @@ from shard_threads import Shards, from_file, from_whole
 from worker_wire import MODELS
 
 from tensorway_worker.engines.cut.tensor_plan import plan_of, summary
+from tests.unit.worker import smollm2
 
 MINILM = MODELS / "minilm-ids" / "files"
-SMOLLM2 = MODELS / "smollm2" / "files"
+
 
 @cache
 def minilm() -> Any:
     return transformers.AutoModel.from_pretrained(MINILM).eval().requires_grad_(False)
-
-
-@cache
-def smollm2() -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, gguf_file="smollm2.gguf", dtype=torch.float32)
-    return model.eval().requires_grad_(False)
 
 
 @pytest.mark.models
@@ -45,15 +40,16 @@ def test_minilm_in_shards(num_shards: int) -> None:
     ("num_shards", "kept"), [(2, ["model.layers.*.self_attn: 9 heads and 3 key/value heads do not divide by 2"]), (3, [])]
 )
 def test_smollm2_in_shards(num_shards: int, kept: list[str]) -> None:
-    config = smollm2().config
-    shards = Shards(num_shards, from_file(lambda: transformers.AutoModelForCausalLM.from_config(config), SMOLLM2 / "smollm2.gguf"))
+    whole = smollm2.transformers_own()
+    build = partial(transformers.AutoModelForCausalLM.from_config, whole.config)
+    shards = Shards(num_shards, from_file(build, smollm2.FILES / smollm2.WEIGHTS))
     assert summary(shards.shardings[0].kept_whole) == kept
-    same_as_whole(shards, smollm2(), batch(49000))
+    same_as_whole(shards, whole, batch(49000))
     # A tied head and embedding are one slice of one tensor.
     assert shards.models[1].lm_head.weight is shards.models[1].model.embed_tokens.weight
     if num_shards == 3:
-        norms = num_elements(smollm2().model.norm) * 61
-        assert num_elements(shards.models[0]) == (num_elements(smollm2()) - norms) // 3 + norms
+        norms = num_elements(whole.model.norm) * 61
+        assert num_elements(shards.models[0]) == (num_elements(whole) - norms) // 3 + norms
 
 
 _SMALL = {"vocab_size": 96, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36,

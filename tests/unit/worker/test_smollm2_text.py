@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from tensorway.model_directory import load_directory
 from tensorway_worker.engines import open_engine
 from tensorway_worker.rank.explain import Explainer, ExplainOrder
 from tensorway_worker.rank.gradient_port import Target
 from tensorway_worker.rank.solo import SoloGroup
+from tests.unit.worker.smollm2 import transformers_tokenizer
 
 _DIRECTORY = Path(__file__).parents[3] / "models" / "smollm2-text"
 _TEXTS = ("The capital of France is", "Überraschung: 水")
@@ -26,7 +26,7 @@ def test_text_goes_in_and_the_next_token_is_explained() -> None:
     engine = open_engine(directory, "cpu")
     with torch.inference_mode(False), torch.no_grad():
         engine.load()
-    theirs = AutoTokenizer.from_pretrained(_DIRECTORY / "files", gguf_file="smollm2.gguf")
+    theirs = transformers_tokenizer()
     for text in _TEXTS:
         inputs = engine.preprocess({"text": numpy.array([text.encode()], dtype=object)}, {})
         assert inputs["input_ids"][0].tolist() == theirs(text)["input_ids"]

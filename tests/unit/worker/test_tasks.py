@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from worker_wire import MODELS
 
 from tensorway.errors import FailedPrecondition
-from tensorway.model_directory import load_directory
-from tensorway_worker.engines import open_engine
 from tensorway_worker.engines.tasks import TASKS, accepted_arguments, task_of
+from tests.unit.worker.smollm2 import transformers_own, transformers_tokenizer, whole_engine
 
 LAST = task_of({"task": "causal-lm", "positions": "last"})
 ALL = task_of({"task": "causal-lm"})
@@ -119,11 +117,7 @@ def test_what_is_no_task_is_refused(settings: dict[str, Any], said: str) -> None
 
 @pytest.mark.models
 def test_smollm2_says_what_transformers_says_padded_or_not() -> None:
-    engine = open_engine(load_directory(MODELS / "smollm2"), "cpu")
-    engine.load()
-    files = MODELS / "smollm2" / "files"
-    reference = transformers.AutoModelForCausalLM.from_pretrained(files, gguf_file="smollm2.gguf", dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(files, gguf_file="smollm2.gguf", padding_side="right")
+    engine, reference, tokenizer = whole_engine(), transformers_own(), transformers_tokenizer()
     texts = ["The capital of France is", "Water boils at a temperature of one hundred degrees", "One, two, three,"]
     with torch.inference_mode():
         together = engine.run(dict(tokenizer(texts, return_tensors="pt", padding=True)))["logits"]

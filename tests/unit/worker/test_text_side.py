@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 from text_sides import MINILM_FILES, SMOLLM2_FILES, fallback_text, smollm2_text
-from transformers import AutoTokenizer
 
 from tensorway.errors import FailedPrecondition, InvalidRequest
 from tensorway_worker.engines.generation.requests import StopRules
 from tensorway_worker.engines.generation.text import TextStream, read_text_side
+from tests.unit.worker.smollm2 import transformers_tokenizer
 
 _CHATS = (
     [{"role": "user", "content": "Hello!"}],
@@ -26,8 +27,7 @@ pytestmark = pytest.mark.models
 
 
 def test_ids_and_chats_are_those_of_transformers() -> None:
-    ours = smollm2_text()
-    theirs = AutoTokenizer.from_pretrained(SMOLLM2_FILES, gguf_file="smollm2.gguf")
+    ours, theirs = smollm2_text(), transformers_tokenizer()
     for written in ("", "The capital of France is", " \u00dcberraschung: \u6c34", "<|im_start|>user\nHi<|im_end|>\n"):
         assert list(ours.encode(written)) == theirs(written)["input_ids"]
     for chat in _CHATS:
@@ -39,7 +39,7 @@ def test_ids_and_chats_are_those_of_transformers() -> None:
 
 def test_a_directory_with_a_tokenizer_json_of_its_own(tmp_path: Path) -> None:
     """As the hub has them: tokenizer.json, a template in a file beside it, several tokens that end an answer."""
-    theirs = AutoTokenizer.from_pretrained(SMOLLM2_FILES, gguf_file="smollm2.gguf")
+    theirs = deepcopy(transformers_tokenizer())
     theirs.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
     theirs.save_pretrained(tmp_path)
     shutil.copy(SMOLLM2_FILES / "config.json", tmp_path)

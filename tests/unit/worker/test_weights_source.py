@@ -14,13 +14,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from worker_wire import MODELS
 
 from tensorway.errors import FailedPrecondition
 from tensorway_worker.engines.cut.empty import without_memory
 from tensorway_worker.engines.cut.weights_source import Slice, WeightsSource, open_weights
-
-SMOLLM2 = MODELS / "smollm2" / "files"
+from tests.unit.worker import smollm2
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -275,10 +273,10 @@ def test_gguf_of_a_model_that_transposes_and_permutes(tmp_path: Path) -> None:
 
 @pytest.mark.models
 def test_smollm2_equals_what_transformers_reads() -> None:
-    reference = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, gguf_file="smollm2.gguf", dtype=torch.float32)
+    reference = smollm2.transformers_own()
     with without_memory():
         model = transformers.AutoModelForCausalLM.from_config(reference.config)
-    source = open_weights(SMOLLM2 / "smollm2.gguf", (), model)
+    source = open_weights(smollm2.FILES / smollm2.WEIGHTS, (), model)
     expected = reference.state_dict()
     assert expected.keys() - set(source.names()) == {"lm_head.weight"}  # tied
     for name in source.names():
@@ -291,6 +289,6 @@ def test_smollm2_equals_what_transformers_reads() -> None:
 
     own, beside = (
         {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "_model_name_or_path", "architectures")}
-        for config in (gguf_config(SMOLLM2 / "smollm2.gguf"), transformers.AutoConfig.from_pretrained(SMOLLM2))
+        for config in (gguf_config(smollm2.FILES / smollm2.WEIGHTS), transformers.AutoConfig.from_pretrained(smollm2.FILES))
     )
     assert own == beside

@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from tensorway.access.permissions import Action
-from tensorway.errors import PermissionDenied, Status, TensorwayError, Unauthenticated
+from tensorway.errors import InvalidRequest, PermissionDenied, Status, TensorwayError, Unauthenticated
 from tensorway.transport.port import Call, Server, Stream, StreamHandler, UnaryHandler
 from tensorway_gateway.identity.access import IdentifiedCall, IdentifiedStream
 from tensorway_gateway.identity.audit import AuditEntry
@@ -149,6 +149,8 @@ class _Visit:
         self._call = call
         self._caller: Caller | None = None
         self._model = ""
+        #: Of a call that was refused before its message was read.
+        self._unread: bytes | None = None
         self._has_entered = False
         self._error: BaseException | None = None
         self._began_s = time.monotonic()
@@ -161,6 +163,7 @@ class _Visit:
     def admit(self, caller: Caller, message: bytes | None) -> None:
         """Raises PermissionDenied, Unauthenticated or QuotaExceeded. `message` None: it comes later, through `check`."""
         self._caller = caller
+        self._unread = message
         self._rule.check_door(caller)
         if message is not None:
             self.check(message)
@@ -169,6 +172,7 @@ class _Visit:
 
     def check(self, message: bytes) -> None:
         """Of each message: whether it is about what the caller may use the method for."""
+        self._unread = None
         self._model, is_wider = self._rule.read(message)
         self._rule.check_model(self.caller, self._model, is_wider=is_wider)
 
@@ -187,6 +191,8 @@ class _Visit:
             self._gate.count(error, _word(self._rule))
         if self._rule.action is not Action.MANAGE:
             return
+        if self._unread is not None:
+            self._model = self._named(self._unread)
         given = self._call.metadata.get(_REQUEST_ID, "")
         self._gate.audit.note(
             AuditEntry(
@@ -195,6 +201,13 @@ class _Visit:
                 status=_status(error).name, detail="" if error is None else str(error)[:_MAX_CHARS],
             )
         )
+
+    def _named(self, message: bytes) -> str:
+        """The model that a refused call was about; "" where that cannot be read."""
+        try:
+            return self._rule.read(message)[0]
+        except InvalidRequest:
+            return ""
 
 
 def _outcome(error: BaseException | None) -> str:
