@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from docs.metric_table import metric_table
 from tensorway.config import ServiceSettings, default_registry
 from tensorway.errors import STATUS_OF, TensorwayError
 from tensorway.model_directory import ModelYaml
@@ -26,9 +26,6 @@ from tensorway.process import MALLOC_SETTINGS
 from tensorway.tensors import ITEM_SIZE, DataType
 from tensorway.v1 import tensor_pb2
 from tensorway_gateway.settings import GatewaySettings
-from tensorway_gateway.statistics import Statistics, StatisticsCollector
-from tensorway_orchestrator.metrics import OrchestratorMetrics
-from tensorway_orchestrator.roster_metrics import RosterCollector
 from tensorway_orchestrator.settings import OrchestratorSettings
 from tensorway_worker.settings import NodeSettings
 
@@ -148,19 +145,6 @@ def data_types() -> Iterator[str]:
         yield f"| {dtype.name} | {dtype.value} | {size if size is not None else '4 + its length'} |"
 
 
-def metrics() -> Iterator[str]:
-    """A table of what gateway and orchestrator count."""
-    gateway, orchestrator = CollectorRegistry(), CollectorRegistry()
-    StatisticsCollector(Statistics(), lambda: (0, 0), gateway)
-    OrchestratorMetrics(orchestrator)
-    RosterCollector(lambda: (), orchestrator)
-    yield from ("| service | metric | kind | meaning |", "| --- | --- | --- | --- |")
-    for service, registry in (("gateway", gateway), ("orchestrator", orchestrator)):
-        for family in registry.collect():
-            name = f"{family.name}_total" if family.type == "counter" else family.name
-            yield f"| {service} | `{name}` | {family.type} | {family.documentation} |"
-
-
 def malloc_settings() -> Iterator[str]:
     """A table of glibc's variables as services and ranks get them."""
     yield from ("| variable | value |", "| --- | ---: |")
@@ -176,7 +160,7 @@ PARTS: Final[dict[str, Callable[[], Iterable[str]]]] = {
     "model keys": model_keys,
     "errors": errors,
     "data types": data_types,
-    "metrics": metrics,
+    "metrics": metric_table,
     "malloc settings": malloc_settings,
 }
 

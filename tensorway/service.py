@@ -31,7 +31,7 @@ from tensorway.registry.patience import patiently, released
 from tensorway.registry.port import Lease, Registration, Registry
 from tensorway.telemetry import ops_service
 from tensorway.telemetry.logs import LogLevel, configure_logs
-from tensorway.telemetry.ops import OpsServer
+from tensorway.telemetry.ops import OpsServer, PageSource
 from tensorway.telemetry.ops_metrics import MemberCollector
 from tensorway.telemetry.ops_tls import CertificateCollector, ops_context
 from tensorway.telemetry.tracing import NO_TRACER, TraceCollector, Tracer, open_tracer, service_resource
@@ -60,6 +60,8 @@ class ServiceContext:
     _on_readiness: Callable[[str | None], None]
     readiness: str | None = "starting"
     tracer: Tracer = NO_TRACER
+    #: Further pages of the ops port, by path.
+    pages: dict[str, PageSource] = field(default_factory=dict)
 
     def set_readiness(self, reason: str | None) -> None:
         """None = ready; otherwise one sentence why not. Drives grpc.health.v1 and /readyz."""
@@ -165,7 +167,7 @@ class _Lifecycle:
                 await service.start(context)
                 bound = dialable(await server.start(), settings.advertise_host)
                 if settings.ops_listen != "off":
-                    ops = OpsServer(settings.ops_listen, lambda: context.readiness, metrics, ops_tls)
+                    ops = OpsServer(settings.ops_listen, lambda: context.readiness, metrics, ops_tls, context.pages)
                     await ops.start()
                 await service.bound(bound)
                 registering = tasks.create_task(self._register(registry, bound, ops, tls), name="registration")

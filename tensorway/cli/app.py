@@ -78,6 +78,7 @@ def _register_commands() -> None:
     from tensorway.cli.models import models_app
     from tensorway.cli.plan import plan
     from tensorway.cli.profile import profile
+    from tensorway.cli.top import top
 
     app.callback()(take)
     app.command()(infer)
@@ -86,6 +87,7 @@ def _register_commands() -> None:
     app.command()(doctor)
     app.command()(plan)
     app.command()(profile)
+    app.command()(top)
     app.command()(adapt)
     app.add_typer(models_app, name="models")
     app.add_typer(logs_app, name="logs")

@@ -1,9 +1,11 @@
-"""The ops HTTP port: `/healthz` (the process lives), `/readyz` (it can do its job, downstream included), `/metrics` (Prometheus text)."""
+"""The ops HTTP port: `/healthz` (the process lives), `/readyz` (it can do its job, downstream included), `/metrics` (Prometheus text), and
+what pages a service adds."""
 
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -15,10 +17,28 @@ from tensorway.errors import Unavailable
 Readiness = Callable[[], str | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """An answer to GET."""
+
+    content_type: str
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+#: Makes a page when somebody asks for it; runs in the loop.
+PageSource = Callable[[], Awaitable[Page]]
+
+
 class OpsServer:
     """Serves the ops port; `endpoint` is the bound one after `start`."""
 
-    def __init__(self, listen: str, readiness: Readiness, metrics: CollectorRegistry, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, listen: str, readiness: Readiness, metrics: CollectorRegistry, tls: ssl.SSLContext | None = None,
+        pages: Mapping[str, PageSource] | None = None,
+    ) -> None:
+        """`pages` are further ones, by path."""
+        self._pages = pages or {}
         self._tls = tls
         self._listen = listen
         self._readiness = readiness
@@ -33,6 +53,7 @@ class OpsServer:
             web.get("/healthz", self._healthz),
             web.get("/readyz", self._readyz),
             web.get("/metrics", self._render_metrics),
+            *(web.get(path, _handler_of(source)) for path, source in self._pages.items()),
         ])
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
@@ -59,3 +80,12 @@ class OpsServer:
 
     async def _render_metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._metrics), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _handler_of(source: PageSource) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def answer(_: web.Request) -> web.Response:
+        page = await source()
+        headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **page.headers}
+        return web.Response(body=page.body, content_type=page.content_type, charset="utf-8", headers=headers)
+
+    return answer

@@ -246,7 +246,7 @@ def test_budgets_and_scalers_point_at_something(variant: str) -> None:
 def test_the_adapters_rules_use_metrics_that_exist() -> None:
     rules = yaml.safe_load((MANIFESTS / "components" / "custom-metrics" / "adapter-rules.yaml").read_text())
     series = {rule["seriesQuery"].partition("{")[0] for rule in (*rules["rules"], *rules["externalRules"])}
-    told = (ROOT / "docs" / "operations.md").read_text()
+    told = (ROOT / "docs" / "metrics.md").read_text()
     assert all(f"`{name}`" in told for name in series)
     wanted = {
         metric.get("pods", metric.get("external"))["metric"]["name"]

@@ -15,11 +15,10 @@ import pytest_asyncio
 
 from tensorway import AsyncClient, Client, Delta
 from tensorway.errors import InvalidRequest
-from tensorway.model_directory import load_directory
 from tensorway.registry.port import GATEWAY, ORCHESTRATOR
 from tensorway.transport.channel import ReplyStream
 from tensorway.v1 import inference_pb2 as pb
-from tests.integration.conftest import MODELS, ROOT, running_mesh
+from tests.integration.conftest import ROOT, running_mesh
 from tests.integration.generate_world import GENERATE, Call, Talk, Told, ask, small, talk_of
 from tests.integration.hurt_groups import real
 
@@ -51,15 +50,10 @@ async def talk(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Talk]:
 
 @pytest.fixture(scope="module")
 def theirs() -> tuple[Any, Any]:
-    """The model and its tokeniser, as transformers alone knows them."""
-    from transformers import AutoTokenizer
+    """The model and its tokeniser, as transformers alone knows them: smollm2's file and smollm2-chat's are the same."""
+    from tests.unit.worker.smollm2 import transformers_own, transformers_tokenizer
 
-    from tensorway_worker.engines.pretrained import Pretrained
-    from tensorway_worker.engines.tasks import task_of
-
-    directory = load_directory(MODELS / CHAT)
-    model = Pretrained(directory, task_of(directory.yaml.settings)).whole("cpu")
-    return model, AutoTokenizer.from_pretrained(MODELS / CHAT / "files", gguf_file="smollm2.gguf")
+    return transformers_own(), transformers_tokenizer()
 
 
 def chat(question: str, max_tokens: int = NUM_TOKENS, **more: Any) -> pb.GenerateRequest:

@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from tensorway.errors import DeadlineExceeded, ModelFailed, Overloaded, TensorwayError, Unavailable
 from tensorway.registry.port import GROUP
+from tests.contract.registry.views import together
 from tests.integration.group_world import HUNG_AFTER_S, MAX_STEP_S, World, settled, world_of
 from tests.integration.hurt_groups import (
     RAISE,
@@ -73,17 +74,20 @@ async def kill(world: World, shape: tuple[int, int], rank: int, number: signal.S
     assert not sessions(*pids_of(before))
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
-async def test_each_rank_killed_in_the_middle_of_a_step(world: World, shape: tuple[int, int]) -> None:
-    for rank in (0, 1):
-        await kill(world, shape, rank)
+async def test_each_rank_killed_in_the_middle_of_a_step(world: World) -> None:
+    """Of the groups of two, both at once."""
+    async def kill_each(shape: tuple[int, int]) -> None:
+        for rank in (0, 1):
+            await kill(world, shape, rank)
+
+    await together(kill_each((2, 1)), kill_each((1, 2)))
 
 
 async def test_each_rank_of_four_killed_leaves_nothing_behind(world: World) -> None:
     before = await settled(world)
     for rank in range(4):
         await kill(world, (2, 2), rank)
-    await kill(world, (2, 2), 1, signal.SIGABRT)
+    await kill(world, (2, 1), 1, signal.SIGABRT)
     after = await settled(world)
     assert after.zombies == before.zombies == 0
     assert after.num_processes == before.num_processes
@@ -96,9 +100,14 @@ async def test_each_rank_of_four_killed_leaves_nothing_behind(world: World) -> N
         assert threads <= before.services[name][1] + 4, (name, before, after)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-async def test_each_rank_stopped_in_the_middle_of_a_step(world: World, shape: tuple[int, int]) -> None:
-    """Its requests end at their deadlines or with the group, and it is the silent rank that is named, not those that wait for it."""
+@pytest.mark.parametrize("shapes", [SHAPES[:2], SHAPES[2:]], ids=str)
+async def test_each_rank_stopped_in_the_middle_of_a_step(world: World, shapes: tuple[tuple[int, int], ...]) -> None:
+    """Its requests end at their deadlines or with the group, and it is the silent rank that is named, not those that wait for it. The
+    groups of two are hurt at once: most of it is silence."""
+    await together(*(stop_each(world, shape) for shape in shapes))
+
+
+async def stop_each(world: World, shape: tuple[int, int]) -> None:
     for rank in stopped_ranks(shape):
         before, _, ended = await hurt(world, shape, rank, signal.SIGSTOP)
         assert {type(error) for error in ended if error is not None} <= {Unavailable, DeadlineExceeded, Overloaded}, ended

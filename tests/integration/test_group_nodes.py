@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from tensorway.errors import TensorwayError
 from tensorway.process import MALLOC_SETTINGS
 from tensorway.registry.directory import DirectoryRegistry
 from tensorway.registry.port import GROUP, NODE, NODES
+from tests.contract.registry.views import together
 from tests.unit.node.supervised import chain, gone
 
 RECOVERY_S = 40.0
@@ -40,10 +41,10 @@ class Side:
     address: str
 
 
-@pytest.fixture
-def sides() -> Iterator[tuple[Side, Side]]:
-    """Two namespaces joined by a veth pair; gone with the test. Skips where namespaces may not be made."""
-    mark = f"{os.getpid() % 100_000}"
+@contextmanager
+def joined(letter: str) -> Iterator[tuple[Side, Side]]:
+    """Two namespaces joined by a veth pair while the block runs; `letter` tells pairs apart. Skips where namespaces may not be made."""
+    mark = f"{os.getpid() % 100_000}{letter}"
     made = tuple(Side(f"tw{mark}-{index}", f"tw{mark}v{index}", address) for index, address in enumerate(_ADDRESSES))
     try:
         for side in made:
@@ -149,9 +150,16 @@ async def split_mesh(folder: Path) -> AsyncIterator[SplitMesh]:
                 await process.wait()
 
 
-async def test_a_group_over_two_network_namespaces_serves_and_survives_its_guest(tmp_path: Path, sides: tuple[Side, Side]) -> None:
-    here, there = sides
-    async with split_mesh(tmp_path) as mesh, AsyncClient(mesh.endpoint) as client:
+async def test_a_group_over_two_network_namespaces_survives_its_guest_and_a_cut_cable(tmp_path: Path) -> None:
+    """Each in a mesh of its own; at once, because both wait for silence to be noticed."""
+    with joined("a") as first, joined("b") as second:
+        await together(
+            _serves_and_survives_its_guest(tmp_path / "a", *first), _a_cut_cable_ends_the_epoch_on_both_sides(tmp_path / "b", *second)
+        )
+
+
+async def _serves_and_survives_its_guest(folder: Path, here: Side, there: Side) -> None:
+    async with split_mesh(folder) as mesh, AsyncClient(mesh.endpoint) as client:
         await mesh.start(here, "gateway", "gateway")
         await mesh.start(here, "orchestrator", "orchestrator")
         await mesh.start(here, "node-1", "node")
@@ -173,10 +181,9 @@ async def test_a_group_over_two_network_namespaces_serves_and_survives_its_guest
         await answers(client)
 
 
-async def test_a_cut_cable_ends_the_epoch_on_both_sides(tmp_path: Path, sides: tuple[Side, Side]) -> None:
+async def _a_cut_cable_ends_the_epoch_on_both_sides(folder: Path, here: Side, there: Side) -> None:
     """No packet says that the other is gone: only silence does."""
-    here, there = sides
-    async with split_mesh(tmp_path) as mesh, AsyncClient(mesh.endpoint) as client:
+    async with split_mesh(folder) as mesh, AsyncClient(mesh.endpoint) as client:
         await mesh.start(here, "gateway", "gateway")
         await mesh.start(here, "orchestrator", "orchestrator")
         await mesh.start(here, "node-1", "node")

@@ -218,8 +218,12 @@ async def test_what_was_managed_and_refused_is_written_down(doors: Doors) -> Non
 
 
 async def test_log_levels_reach_gateways_that_ask_who_calls(doors: Doors) -> None:
-    async with doors.client("ops") as client:
-        changes = await client.set_log_level("info")
+    async with doors.client("ops") as client, doors.client("web") as caller:
+        changes = await client.set_log_level("debug")
+        await caller.infer(MODEL, {"x": np.ones((1, 2), np.float32)}, request_id="whose")
+        await client.set_log_level("info")
+    lines = [json.loads(line) for line in (doors.mesh.processes.log_dir / f"{KEYED}.log").read_text().splitlines() if '"whose"' in line]
+    assert [(line["message"], line["principal"]) for line in lines] == [("request answered", "key:web")]
     assert {KEYED, CERTIFIED, "gateway-1", "orchestrator-1", "node-1", "node-2"} <= {change.id for change in changes}
     assert {change.error for change in changes} == {""}
 

@@ -33,6 +33,7 @@ class Catalog:
         self._groups: tuple[Registration, ...] = ()
         self._nodes: frozenset[str] = frozenset()
         self._reports: dict[str, tuple[GroupReport, ...]] = {}
+        self._node_documents: Mapping[str, bytes] = {}
 
     @property
     def models(self) -> Mapping[str, Model]:
@@ -43,6 +44,10 @@ class Catalog:
     def is_known(self) -> bool:
         """True once the registry has been read: before that no name can be called unknown."""
         return self._desired is not None and self._published is not None
+
+    def node_documents(self) -> Mapping[str, bytes]:
+        """What each live node says of itself and its groups, JSON by the node's id."""
+        return {node: document for node, document in self._node_documents.items() if node in self._nodes}
 
     def find(self, name: str, sees: Callable[[str], bool] = lambda name: True) -> Model:
         """The model of that name. Raises NotFound that lists the names there are, as far as who asks `sees` them."""
@@ -102,6 +107,7 @@ class Catalog:
 
     async def _follow_reports(self) -> None:
         async for documents in self._registry.watch_documents(NODES):
+            self._node_documents = {key.removeprefix(NODES): document for key, document in documents.items()}
             self._reports = {key.removeprefix(NODES): _read(key, document, _reports) or () for key, document in documents.items()}
             self._rebuild()
 

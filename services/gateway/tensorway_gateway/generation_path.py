@@ -12,7 +12,7 @@ from tensorway.errors import DeadlineExceeded, FailedPrecondition, NotFound, Ten
 from tensorway.telemetry.trace_context import SpanContext
 from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway.transport.port import Call
-from tensorway_gateway.accounting import Accounting
+from tensorway_gateway.accounting import Accounting, Unread
 from tensorway_gateway.admission import Admission
 from tensorway_gateway.catalog import Catalog
 from tensorway_gateway.generation_wire import num_tokens, sequence_after, write_continued_head, write_generation_head, write_resume_head
@@ -21,7 +21,7 @@ from tensorway_gateway.identity.caller import Caller
 from tensorway_gateway.models import Model, Revision
 from tensorway_gateway.relay import Reader, RelayLog, relay
 from tensorway_gateway.request_ids import RequestIds, id_trailer
-from tensorway_gateway.request_span import open_span, recorded
+from tensorway_gateway.request_span import open_span, recorded, tell_unread
 from tensorway_gateway.requests import GenerationArrival, StreamPosition
 from tensorway_gateway.statistics import Statistics
 from tensorway_gateway.upstream import Upstream
@@ -54,6 +54,10 @@ class GenerationPath:
         caller.permit(Action.INFER, name)
         return self._catalog.find(name, caller.sees)
 
+    def unread(self, call: Call, num_bytes: int, arrived_s: float, error: TensorwayError) -> None:
+        """See `RequestPath.unread`."""
+        tell_unread(self._tracer, self._accounting, self._access, call, Unread(self._ids.next(), num_bytes, arrived_s), error)
+
     async def run(self, arrival: GenerationArrival, call: Call, reader: Reader) -> None:
         """Runs one generation to the end of its stream, whose messages go to `reader`; raises the TensorwayError that says who must act.
         Sets the trailers either way."""
@@ -74,6 +78,7 @@ class GenerationPath:
     async def _run(self, arrival: GenerationArrival, call: Call, reader: Reader, log: RelayLog, trace: SpanContext | None) -> None:
         model: Model | None = None
         revision: Revision | None = None
+        caller: Caller | None = None
         call.set_trailers((id_trailer(arrival.request_id),))
         try:
             if arrival.resume is None:
@@ -91,12 +96,12 @@ class GenerationPath:
                     caller.meter.spend_tokens(num_tokens(log.messages, log.num_messages), time.monotonic())
         except TensorwayError as error:
             self._access.count(error, Action.INFER)
-            self._accounting.failed(arrival, model, revision, error, trace)
+            self._accounting.failed(arrival, model, revision, error, trace, caller)
             raise
         finally:
             first_delta_s = None if log.first_delta_s is None else log.first_delta_s - arrival.arrived_s
             self._accounting.relayed(revision, log.num_messages, first_delta_s)
-        self._accounting.streamed(arrival, revision, trace)
+        self._accounting.streamed(arrival, revision, trace, caller)
 
     async def _admitted(
         self, arrival: GenerationArrival, revision: Revision | None, call: Call, caller: Caller, log: RelayLog, reader: Reader,
@@ -112,7 +117,7 @@ class GenerationPath:
                     assert arrival.resume is not None
                     if not caller.owns_stream(arrival.resume.stream_id):
                         raise _unknown_stream(arrival.resume)
-                    await self._resume(arrival.request_id, arrival.resume, deadline, log, reader)
+                    await self._resume(arrival.request_id, arrival.resume, deadline, log, reader, trace)
                 else:
                     await self._generate(arrival, revision, deadline, caller, log, reader, trace)
         except TimeoutError:
@@ -148,12 +153,14 @@ class GenerationPath:
                 tried.clear()
                 head = write_continued_head(arrival, spec.revision, log.messages, trace)
 
-    async def _resume(self, request_id: str, position: StreamPosition, deadline: Deadline, log: RelayLog, reader: Reader) -> None:
+    async def _resume(
+        self, request_id: str, position: StreamPosition, deadline: Deadline, log: RelayLog, reader: Reader, trace: SpanContext | None
+    ) -> None:
         """A stream that some orchestrator keeps: each is asked in turn. Raises NotFound where none knows it, and Unavailable where one that
         might have known it could not be asked."""
         next_sequence = position.next_sequence
         while True:
-            head = write_resume_head(request_id, position.stream_id, next_sequence)
+            head = write_resume_head(request_id, position.stream_id, next_sequence, trace)
             num_before = log.num_messages
             lost: Unavailable | None = None
             for orchestrator in await self._upstream.all_connected(deadline):

@@ -60,11 +60,12 @@ def write_continued_head(
     return _with_generate(head, arrival.message)
 
 
-def write_resume_head(request_id: str, stream_id: str, next_sequence: int) -> bytes:
+def write_resume_head(request_id: str, stream_id: str, next_sequence: int, trace: SpanContext | None = None) -> bytes:
     """A serialised RequestHead that asks for a stream which the orchestrator keeps."""
     position = inference_pb2.Resume(stream_id=stream_id, next_sequence=next_sequence)
     generate = inference_pb2.GenerateRequest(request_id=request_id, resume=position)
-    return link_pb2.RequestHead(request_id=request_id, rows=1, generate=generate).SerializeToString()
+    traceparent = "" if trace is None else trace.to_wire()
+    return link_pb2.RequestHead(request_id=request_id, rows=1, traceparent=traceparent, generate=generate).SerializeToString()
 
 
 def sequence_after(message: bytes) -> int:

@@ -10,18 +10,18 @@ from tensorway.errors import InvalidRequest, TensorwayError
 from tensorway.telemetry.trace_context import SpanContext
 from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway.transport.port import Call
-from tensorway_gateway.accounting import Accounting
+from tensorway_gateway.accounting import Accounting, Unread
 from tensorway_gateway.admission import Admission
 from tensorway_gateway.catalog import Catalog
 from tensorway_gateway.identity.access import OPEN, Access
 from tensorway_gateway.identity.caller import Caller
 from tensorway_gateway.models import Model, Revision
 from tensorway_gateway.request_ids import RequestIds, id_trailer
-from tensorway_gateway.request_span import describe, open_span, recorded
+from tensorway_gateway.request_span import describe, open_span, recorded, tell_unread
 from tensorway_gateway.requests import MAX_PRIORITY, MIN_PRIORITY, Answer, Answered, Arrival
 from tensorway_gateway.statistics import Statistics
 from tensorway_gateway.upstream import Upstream
-from tensorway_gateway.wire import read_reply, write_request_head
+from tensorway_gateway.wire import NUM_TOKENS, read_reply, write_request_head
 
 TIMING_TRAILER: Final = "tensorway-timing"
 KEY_METADATA: Final = "idempotency-key"
@@ -47,6 +47,10 @@ class RequestPath:
         """The caller's id, or a new one. Raises InvalidRequest for one that is too long to carry along."""
         return self._ids.given_or_next(given)
 
+    def unread(self, call: Call, num_bytes: int, arrived_s: float, error: TensorwayError) -> None:
+        """Tells of a request that ends before its path: its message of so many bytes could not be read. The caller raises `error`."""
+        tell_unread(self._tracer, self._accounting, self._access, call, Unread(self._ids.next(), num_bytes, arrived_s), error)
+
     async def run(self, arrival: Arrival, call: Call) -> Answered:
         """Runs one request; raises the TensorwayError that says who must act. Sets the trailers either way."""
         span = open_span(self._tracer, call, arrival.arrived_s) if self._tracer.is_on else None
@@ -61,6 +65,7 @@ class RequestPath:
     async def _run(self, arrival: Arrival, call: Call, trace: SpanContext | None) -> Answered:
         model: Model | None = None
         revision: Revision | None = None
+        caller: Caller | None = None
         try:
             caller = self._access.caller(call)
             caller.permit(Action.EXPLAIN if arrival.explain else Action.INFER, arrival.model)
@@ -72,14 +77,16 @@ class RequestPath:
                     raise InvalidRequest(f"priority: {arrival.priority} is outside {MIN_PRIORITY} to {MAX_PRIORITY}", field="priority")
                 rows = revision.check.rows(arrival.inputs, arrival.output_names, arrival.field_path)
                 answer, sent_s, answered_s = await self._send(arrival, revision, rows, call, caller, trace)
+                if caller.meter.counts_tokens and revision.spec.generation is not None:
+                    caller.meter.spend_tokens(_num_tokens(answer), time.monotonic())
             finally:
                 caller.leave(time.monotonic() - arrival.arrived_s)
         except TensorwayError as error:
             self._access.count(error, Action.EXPLAIN if arrival.explain else Action.INFER)
-            self._accounting.failed(arrival, model, revision, error, trace)
+            self._accounting.failed(arrival, model, revision, error, trace, caller)
             call.set_trailers((id_trailer(arrival.request_id),))
             raise
-        took_s = self._accounting.answered(arrival, revision, rows, answer.timing, trace)
+        took_s = self._accounting.answered(arrival, revision, rows, answer.timing, trace, caller)
         call.set_trailers((id_trailer(arrival.request_id), (TIMING_TRAILER, _timing_line(answer, answered_s - sent_s, took_s))))
         if answer.model:
             return Answered(answer, arrival.request_id, answer.model, self._catalog.version(answer.model, answer.revision))
@@ -114,6 +121,12 @@ def _timing_line(answer: Answer, upstream_s: float, took_s: float) -> str:
         f"orchestrator={max(0, upstream_us - timing.queue_us - timing.group_us)}us"
         + (f";hedges={timing.num_hedges}" if timing.num_hedges else "") + (f";fallback={answer.model}" if answer.model else "")
     )
+
+
+def _num_tokens(answer: Answer) -> int:
+    """Tokens that were generated for an answer in one piece, as its orchestrator says."""
+    said = answer.parameters.get(NUM_TOKENS, 0)
+    return said if isinstance(said, int) else 0
 
 
 def idempotency_key(given: str, call: Call) -> str:

@@ -23,6 +23,7 @@ from tensorway_gateway.servicers.oip_stream import OipStreamServicer
 from tensorway_gateway.servicers.oip_unserved import attach_unserved
 from tensorway_gateway.settings import GatewaySettings
 from tensorway_gateway.statistics import Statistics, StatisticsCollector
+from tensorway_gateway.status import Status
 from tensorway_gateway.upstream import NO_ORCHESTRATOR, Upstream
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ class Gateway:
         statistics = Statistics()
         StatisticsCollector(statistics, lambda: (admission.num_requests, admission.num_bytes), context.metrics)
         MeshCollector(catalog, upstream, context.metrics)
+        context.pages |= Status(
+            context.id, context.registry, catalog, upstream, admission, statistics, lambda: context.readiness
+        ).pages()
         server = self.guard(context.server)
         access = Access(self._gate)
         if self._gate is not None:

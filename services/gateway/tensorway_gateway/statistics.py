@@ -18,6 +18,7 @@ from tensorway_gateway.requests import Timing
 
 #: Upper bounds of the duration histogram, seconds.
 BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_MAX_GROUPS: Final = 4096
 
 
 @dataclass(slots=True)
@@ -102,7 +103,7 @@ class Statistics:
         self._models: dict[str, ModelTotals] = {}
         #: Requests that named no known model, by status.
         self.unknown: Counter[Status] = Counter()
-        #: Answers by the group that made them, as the orchestrators say; streams are not among them.
+        #: Answers by the group and epoch that made them, as the orchestrators say; streams are not among them.
         self.groups: Counter[str] = Counter()
         self.errors = RecentErrors()
 
@@ -116,6 +117,12 @@ class Statistics:
         if counts is None:
             counts = self._revisions[model, revision] = RevisionCounts()
         return counts
+
+    def answered_by(self, group: str) -> None:
+        """A group has answered. Groups of long ago are forgotten together with all others: who looks sees differences."""
+        if len(self.groups) >= _MAX_GROUPS and group not in self.groups:
+            self.groups.clear()
+        self.groups[group] += 1
 
     def count(self, model: str, status: Status, num_bytes: int, took_s: float) -> None:
         """One finished request of a known model."""

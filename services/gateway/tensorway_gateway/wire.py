@@ -15,6 +15,8 @@ from tensorway.transport.port import Payload
 from tensorway.v1 import link_pb2
 from tensorway_gateway.requests import MAX_NUM_ITEMS, Answer, Arrival, Timing, Value
 
+#: Parameter of an answer in one piece by a model that generates: tokens of all its rows.
+NUM_TOKENS: Final = "num_completion_tokens"
 #: Element type by number; a number that is no type has no entry.
 DTYPES: Final[dict[int, DataType]] = {int(dtype): dtype for dtype in DataType}
 

@@ -51,7 +51,7 @@ class Dispatcher:
         self._policy = RetryPolicy(max_attempts=settings.max_attempts)
         self._held = HeldBytes(settings.max_queue_bytes)
         self._streams = StreamTable(
-            Retention(settings.stream_retention_s, settings.max_parked_streams, settings.max_parked_bytes), metrics
+            Retention(settings.stream_retention_s, settings.max_parked_streams, settings.max_parked_bytes), metrics, tracer
         )
         self._keys = KeyedRequests(settings.answer_retention_s, settings.max_kept_answer_bytes, metrics)
         self._handover = Handover(self._find, self._enter, self._count_fallback)
@@ -99,7 +99,7 @@ class Dispatcher:
     def _offer(self, envelope: wire.Envelope, exchange: Exchange) -> None:
         resume = envelope.resume
         if resume is not None:
-            self._streams.resume(resume[0], exchange, resume[1])
+            self._streams.resume(resume[0], exchange, resume[1], envelope.head.traceparent)
         elif envelope.head.idempotency_key and not envelope.is_generation:
             self._keys.take(envelope, exchange, lambda run: self._run(envelope, run))
         else:

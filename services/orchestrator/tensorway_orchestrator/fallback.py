@@ -80,7 +80,8 @@ class FallbackExchange:
         try:
             self._hand_on(rule, error)
         except TensorwayError as failed:
-            _LOG.warning("model %s cannot answer, nor can its fallback: %s", self.spec.model, failed)
+            fields = wire.log_fields(self.head)
+            _LOG.warning("model %s cannot answer, nor can its fallback: %s", self.spec.model, failed, extra={"fields": fields})
             self.origin.fail(error)
 
     def _hand_on(self, rule: Fallback, error: TensorwayError) -> None:
@@ -91,7 +92,9 @@ class FallbackExchange:
             raise NotFound(f"fallback: model {spec.model!r} has been asked already", field="fallback")
         if not _fits(self.spec, spec):
             raise NotFound(f"fallback: model {spec.model!r} takes or returns other tensors than {self.spec.model!r}", field="fallback")
-        _LOG.debug("model %s hands a request on to %s: %s", self.spec.model, spec.model, error)
+        if _LOG.isEnabledFor(logging.DEBUG):
+            fields = wire.log_fields(self.head)
+            _LOG.debug("model %s hands a request on to %s: %s", self.spec.model, spec.model, error, extra={"fields": fields})
         self.handover.count(self.spec.model)
         envelope = wire.readdressed(self.head, spec.model, spec.revision)
         exchange = FallbackExchange(self.origin, spec, self.handover, asked)

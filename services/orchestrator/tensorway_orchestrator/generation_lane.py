@@ -90,9 +90,8 @@ class GenerationLane:
         self._attach(stream, origin)
         return stream
 
-    def resume(self, stream: Stream, origin: Exchange, next_sequence: int) -> None:
+    def resume(self, stream: Stream, origin: Exchange) -> None:
         """See `StreamOwner`."""
-        stream.log.rewind(next_sequence, stream.id)
         self.metrics.resumed()
         previous = stream.origin
         if previous is None:

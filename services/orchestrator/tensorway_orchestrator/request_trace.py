@@ -1,6 +1,7 @@
 """The spans of sampled requests here, made from what lanes know anyway. A request that is not sampled has none of this.
 
     gateway's span
+      ├ resume       of a call that goes on with a stream: links to the call that began it
       ├ queue        each time the request waits: for its first group, and again after a lost attempt
       └ attempt      each sending of it; retries and hedges are further ones, and say so in an event. Links to its batch
           └ batch    one for each batch, in the trace of the first sampled request in it. Links to every sampled request's attempt
@@ -21,6 +22,7 @@ from tensorway.tensor_message import varint
 
 if TYPE_CHECKING:
     from tensorway_orchestrator.requests import Request
+    from tensorway_orchestrator.streams import Stream
 
 #: Tag of `RequestHead.traceparent`, field 9 with a length. Of a field that comes twice, the last one counts.
 _TRACEPARENT_TAG: Final = b"\x4a"
@@ -129,6 +131,24 @@ def begun(requests: Sequence[Request], group: str, rows: int, now_s: float) -> B
     """The spans of a batch that is sent now; None where no request in it is sampled."""
     attempts = [(request, trace, trace.sent(group, now_s)) for request in requests if (trace := request.trace) is not None]
     return BatchTrace(attempts, attempts[0][1].tracer, group, rows, len(requests)) if attempts else None
+
+
+def resumed(stream: Stream, traceparent: str, tracer: Tracer) -> None:
+    """A new reader goes on with a stream. What a group works on stays in the trace of the call that began it; what waits, or is to be sent
+    anew, belongs to the new one. Nothing where the new call is not sampled."""
+    now_s = time.monotonic()
+    parent = from_wire(traceparent) if traceparent and tracer.is_on else None
+    if parent is None:
+        return
+    span = child_of(parent, "resume", now_s)
+    span.attributes |= {"tensorway.next_sequence": stream.log.next_sequence, "tensorway.is_running": stream.is_running}
+    span.links += dict.fromkeys(choice.trace.parent for choice in stream.choices if choice.trace is not None)
+    for choice in stream.choices:
+        if choice.attempt is None and not choice.transcript.is_finished:
+            if choice.trace is not None:
+                choice.trace.closed(now_s, "CANCELLED: another call has taken the stream over")
+            choice.trace = RequestTrace(tracer, parent, now_s)
+    tracer.record(span)
 
 
 def traces_of(traceparent: str, tracer: Tracer, num_choices: int) -> tuple[RequestTrace, ...]:

@@ -7,8 +7,10 @@ import time
 from typing import Protocol
 
 from tensorway.errors import NotFound
+from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway.transport.port import Exchange
 from tensorway_orchestrator.metrics import OrchestratorMetrics
+from tensorway_orchestrator.request_trace import resumed
 from tensorway_orchestrator.retention import Retention
 from tensorway_orchestrator.streams import Stream
 
@@ -16,15 +18,16 @@ from tensorway_orchestrator.streams import Stream
 class StreamOwner(Protocol):
     """The lane of a stream."""
 
-    def resume(self, stream: Stream, origin: Exchange, next_sequence: int) -> None:
-        """Goes on with a stream for a new reader, whatever became of the old one. Raises InvalidRequest or NotFound."""
+    def resume(self, stream: Stream, origin: Exchange) -> None:
+        """Goes on with a stream for a new reader, whatever became of the old one."""
 
 
 class StreamTable:
     """Lives in the loop."""
 
-    def __init__(self, retention: Retention, metrics: OrchestratorMetrics) -> None:
+    def __init__(self, retention: Retention, metrics: OrchestratorMetrics, tracer: Tracer = NO_TRACER) -> None:
         self._retention = retention
+        self._tracer = tracer
         self._streams: dict[str, tuple[StreamOwner, Stream]] = {}
         self._timer: asyncio.TimerHandle | None = None
         metrics.num_parked = lambda: retention.num_parked
@@ -41,8 +44,9 @@ class StreamTable:
     def find(self, stream_id: str) -> tuple[StreamOwner, Stream] | None:
         return self._streams.get(stream_id)
 
-    def resume(self, stream_id: str, origin: Exchange, next_sequence: int) -> None:
-        """Hands a stream to a new reader. Raises NotFound for one that is not known (any more), InvalidRequest for a wrong number."""
+    def resume(self, stream_id: str, origin: Exchange, next_sequence: int, traceparent: str = "") -> None:
+        """Hands a stream to a new reader, whose call is traced under `traceparent` unless that is empty. Raises NotFound for a stream that
+        is not known (any more), InvalidRequest for a wrong number."""
         found = self.find(stream_id)
         if found is None:
             raise NotFound(
@@ -50,7 +54,9 @@ class StreamTable:
                 f"{self._retention.retention_s:g} s after its client had gone", field="resume.stream_id",
             )
         owner, stream = found
-        owner.resume(stream, origin, next_sequence)
+        stream.log.rewind(next_sequence, stream.id)
+        resumed(stream, traceparent, self._tracer)
+        owner.resume(stream, origin)
 
     def park(self, stream: Stream) -> None:
         """A stream without a reader is kept for a while."""

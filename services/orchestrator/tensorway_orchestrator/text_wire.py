@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from tensorway.errors import InvalidRequest
-from tensorway.parameter_message import read_parameters
+from tensorway.parameter_message import read_parameters, write_parameters
 from tensorway.signature import RevisionSpec
 from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway.tensors import DataType, check_bytes_elements, decode_bytes, encode_bytes
@@ -28,6 +28,8 @@ class FinishedText:
     """The answer to one row as it comes together."""
 
     parts: list[str] = field(default_factory=list)
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
     num_attempts: int = 0
     group: str = ""
 
@@ -61,13 +63,16 @@ def gather(message: bytes, text: FinishedText) -> None:
     if response.HasField("delta"):
         text.parts.append(response.delta.text)
     elif response.HasField("finished"):
-        text.num_attempts, text.group = response.finished.num_attempts, response.finished.group
+        finished = response.finished
+        text.num_attempts, text.group = finished.num_attempts, finished.group
+        text.num_prompt_tokens, text.num_completion_tokens = finished.usage.num_prompt_tokens, finished.usage.num_completion_tokens
 
 
 def write_texts(
     texts: Sequence[FinishedText], spec: RevisionSpec, arrived_s: float, sent_s: float, now_s: float
 ) -> tuple[bytes, Payload]:
-    """Head and payload of the answer: the one output, BYTES [rows]. `sent_s` is when the last of the rows first left the queue."""
+    """Head and payload of the answer: the one output, BYTES [rows], and as parameters the tokens of all rows. `sent_s` is when the last of
+    the rows first left the queue."""
     content = encode_bytes("".join(text.parts).encode() for text in texts)
     output = link_pb2.TensorHead(
         name=spec.signature.outputs[0].name, dtype=int(DataType.BYTES), shape=[len(texts)], num_bytes=len(content),  # type: ignore[arg-type]
@@ -81,8 +86,14 @@ def write_texts(
         num_attempts=max((text.num_attempts for text in texts), default=0),
         group=texts[-1].group if texts else "",
     )
-    response = link_pb2.ResponseHead(outputs=[output]).SerializeToString()
-    return link_pb2.ReplyHead(response=response, revision=spec.revision, timing=timing).SerializeToString(), (content,)
+    response = link_pb2.ResponseHead(outputs=[output])
+    # Named as on a stream of the Open Inference Protocol; the gateway counts the latter against its caller's quota.
+    usage = {
+        "num_prompt_tokens": sum(text.num_prompt_tokens for text in texts),
+        "num_completion_tokens": sum(text.num_completion_tokens for text in texts),
+    }
+    write_parameters(usage, response.parameters)
+    return link_pb2.ReplyHead(response=response.SerializeToString(), revision=spec.revision, timing=timing).SerializeToString(), (content,)
 
 
 def _read_parameters(head: Head, request: inference_pb2.GenerateRequest) -> None:

@@ -12,6 +12,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from tensorway.errors import InvalidRequest, TensorwayError
+from tensorway.telemetry.trace_context import from_wire
 from tensorway.telemetry.tracing import NO_TRACER, Tracer
 from tensorway.tensors import Buffer
 from tensorway.transport.error_detail import from_detail
@@ -140,6 +141,14 @@ def fingerprint(head: bytes, payload: Payload) -> str:
     for segment in payload:
         digest.update(segment)
     return digest.hexdigest()
+
+
+def log_fields(head: bytes) -> dict[str, str]:
+    """What a log line says of the request with this head."""
+    message = link_pb2.RequestHead.FromString(head)
+    fields = {"request_id": message.request_id, "model": message.model}
+    context = from_wire(message.traceparent) if message.traceparent else None
+    return fields if context is None else {**fields, "trace_id": context.trace_id}
 
 
 def readdressed(head: bytes, model: str, revision: str) -> Envelope:

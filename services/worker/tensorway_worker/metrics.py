@@ -48,9 +48,11 @@ def _groups(reports: tuple[GroupReport, ...]) -> Iterable[Metric]:
             states.add_metric((*group, state), int(state == report.state))
         if report.ranks:
             leader = report.ranks[0]
-            running.add_metric(group, leader.num_running_answers)
-            waiting.add_metric(group, leader.num_waiting_answers)
-            free.add_metric(group, leader.num_free_blocks)
+            # A group that makes batches has no blocks, and no answers either.
+            if leader.num_free_blocks or leader.num_running_answers:
+                running.add_metric(group, leader.num_running_answers)
+                waiting.add_metric(group, leader.num_waiting_answers)
+                free.add_metric(group, leader.num_free_blocks)
     return (epochs, states, running, waiting, free)
 
 

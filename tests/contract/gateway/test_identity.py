@@ -26,7 +26,7 @@ from tensorway.v1 import inference_pb2, link_pb2, mesh_pb2, model_pb2
 from tensorway_gateway.identity.guarded import GuardedServer
 from tensorway_gateway.identity.methods import RULES, Scope
 from tests.contract.gateway.identities import AccessFile, call, issuer_rule, token, write_key_set
-from tests.contract.gateway.scripted import SPECS, Mesh, answer, running_mesh
+from tests.contract.gateway.scripted import SPECS, Mesh, answer, echo_reply, running_mesh
 from tests.contract.gateway.streaming import TALKER, answer_of, talk
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -71,6 +71,8 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
     def script(exchange: Exchange, head: link_pb2.RequestHead) -> None:
         if head.HasField("generate"):
             talk(3)(exchange, head)
+        elif head.model == TALKER.model:
+            exchange.reply(*echo_reply(head, exchange.payload, (TALKER,)))
         else:
             answer(exchange, head)
 
@@ -373,6 +375,16 @@ async def test_quotas_tell_the_true_wait(world: World) -> None:
     assert (status, "tokens a second" in sentence) == ("RESOURCE_EXHAUSTED", True)
     counted = world.mesh.context.metrics
     assert counted.get_sample_value("tensorway_gateway_quota_refusals_total", {"limit": "tokens_per_s"}) == 1
+    # The same of an answer in one piece, of as many tokens as its orchestrator says.
+    whole = inference_pb2.InferRequest(model="talker")
+    whole.inputs.add(name="text", dtype=DataType.BYTES, shape=[1], data=encode_bytes([b"hi"]))  # type: ignore[arg-type]
+    whole.parameters["num_completion_tokens"].int64_value = 30  # the script says it back
+    world.access.add("whole", "infer:talker", quota="narrow")
+    world.access.write()
+    await until_known(world, "whole")
+    assert (await world.call(INFER, whole.SerializeToString(), "whole"))[0] == "OK"
+    status, _, sentence = await world.call(INFER, whole.SerializeToString(), "whole")
+    assert (status, "tokens a second; come back in 2" in sentence) == ("RESOURCE_EXHAUSTED", True), sentence
     assert counted.get_sample_value("tensorway_gateway_quota_refusals_total", {"limit": "requests_per_s"}) == 3
 
 

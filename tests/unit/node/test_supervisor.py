@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from supervised import chain, gone, supervised
 
+from tests.contract.registry.views import together
+
 TWO = "{pipeline: 2}"
 
 
@@ -68,16 +70,21 @@ async def test_a_node_that_did_not_run_itself_does_not_blame_its_ranks(tmp_path:
         assert tuple(rank.pid for rank in group.report.ranks) == before
 
 
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        ("raise ValueError('no such file')", "load raised ValueError: no such file"),
-        ("os._exit(3)", "exited with status 3"),
-        ("os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
-    ],
-)
-async def test_a_rank_that_cannot_start_is_named_with_its_own_last_lines(tmp_path: Path, code: str, words: str) -> None:
-    async with supervised(chain(tmp_path, TWO, code), tmp_path) as group:
+async def test_a_rank_that_cannot_start_is_named_with_its_own_last_lines(tmp_path: Path) -> None:
+    """One group after the other, while one whose rank never gets ready uses up its time."""
+    loads = asyncio.Event()
+
+    async def one_after_the_other() -> None:
+        await loads.wait()
+        await _is_named(tmp_path / "raises", "raise ValueError('no such file')", "load raised ValueError: no such file")
+        await _is_named(tmp_path / "exits", "os._exit(3)", "exited with status 3")
+        await _is_named(tmp_path / "dies", "os.kill(os.getpid(), 9)", "was killed by SIGKILL")
+
+    await together(one_after_the_other(), _a_rank_that_never_gets_ready_is_named(tmp_path / "sleeps", loads))
+
+
+async def _is_named(folder: Path, code: str, words: str) -> None:
+    async with supervised(chain(folder, TWO, code), folder) as group:
         reason = await group.failed()
         assert reason.startswith("epoch 1: rank 1 on node-1")
         assert words in reason
@@ -85,9 +92,12 @@ async def test_a_rank_that_cannot_start_is_named_with_its_own_last_lines(tmp_pat
         assert group.report.ranks == ()
 
 
-async def test_a_rank_that_never_gets_ready_is_named(tmp_path: Path) -> None:
-    model = chain(tmp_path, TWO, "time.sleep(600)", startup_timeout_s=12.0)
-    async with supervised(model, tmp_path) as group:
+async def _a_rank_that_never_gets_ready_is_named(folder: Path, loads: asyncio.Event) -> None:
+    """`loads` is set once all its ranks have come as far as they will."""
+    model = chain(folder, TWO, "time.sleep(600)", startup_timeout_s=12.0)
+    async with supervised(model, folder) as group:
+        await group.until(lambda report: report.state == "loading")
+        loads.set()
         reason = await group.failed()
         assert "on node-1 is not ready within startup_timeout_s=12 (state " in reason
         # Rank 0 may be held up by it, and then is named, too.

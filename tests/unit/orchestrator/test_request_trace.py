@@ -7,7 +7,9 @@ from typing import Any
 from tensorway.telemetry.trace_context import SpanContext, from_wire, new_trace
 from tensorway.telemetry.tracing import NO_TRACER, Span, Tracer
 from tensorway.v1 import link_pb2
-from tensorway_orchestrator.request_trace import RequestTrace, begun, with_trace
+from tensorway_orchestrator import wire
+from tensorway_orchestrator.request_trace import RequestTrace, begun, resumed, traces_of, with_trace
+from tensorway_orchestrator.streams import Generation, open_stream
 
 
 class Kept:
@@ -112,3 +114,30 @@ def test_a_head_names_the_last_parent_that_was_written() -> None:
     read = link_pb2.RequestHead.FromString(with_trace(head, context))
     assert read.request_id == "r"
     assert from_wire(read.traceparent) == context
+
+
+def test_who_goes_on_with_a_stream_sees_what_follows_from_that() -> None:
+    kept = Kept()
+    tracer = Tracer(kept)  # type: ignore[arg-type]
+    first, second = new_trace(), new_trace()
+    generation = Generation("r", 0, 3, 7, b"", (), "stream", traces=traces_of(first.to_wire(), tracer, 3))
+    running, waiting, finished = (stream := open_stream(generation, 0.0, 9.0)).choices
+    running.attempt = Asked(None)  # type: ignore[assignment]
+    finished.transcript.is_finished = True
+    resumed(stream, "", tracer)
+    resumed(stream, second.to_wire(), NO_TRACER)
+    assert kept.spans == []
+    resumed(stream, second.to_wire(), tracer)
+    queue, span = kept.spans
+    assert (queue.name, queue.parent_id, queue.error[:9]) == ("queue", first.span_id, "CANCELLED")
+    assert (span.name, span.parent_id, span.links) == ("resume", second.span_id, [first])
+    assert span.attributes == {"tensorway.next_sequence": 0, "tensorway.is_running": True}
+    assert [choice.trace and choice.trace.parent for choice in (running, waiting, finished)] == [first, second, first]
+
+
+def test_a_log_line_names_the_request_that_its_head_is_of() -> None:
+    context = new_trace()
+    head = link_pb2.RequestHead(request_id="r", model="m", revision="f" * 64)
+    assert wire.log_fields(head.SerializeToString()) == {"request_id": "r", "model": "m"}
+    head.traceparent = context.to_wire()
+    assert wire.log_fields(head.SerializeToString()) == {"request_id": "r", "model": "m", "trace_id": context.trace_id}

@@ -247,6 +247,8 @@ async def test_infer_on_a_generating_model_gives_whole_texts(bench: Bench) -> No
     outputs = link_pb2.ResponseHead.FromString(told.response).outputs
     assert [(tensor.name, tensor.dtype, list(tensor.shape)) for tensor in outputs] == [("text", 14, [2])]
     assert decode_bytes(b"".join(map(bytes, reply.payload))) == [whole_text(9, 0, 12).encode()] * 2
+    usage = link_pb2.ResponseHead.FromString(told.response).parameters
+    assert {name: value.int64_value for name, value in usage.items()} == {"num_prompt_tokens": 6, "num_completion_tokens": 24}
     assert (told.timing.group, told.timing.num_attempts, told.timing.batch_rows) == ("g#1", 1, 2)
     assert told.timing.group_us > 0
     asked = leader.requests[1].generate

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapting import Asked, author, left_over, locally, messages, node, written
+from adapting import Asked, author, left_over, locally, messages, node, three_at_a_time, written
 from cut_ranks import author_inputs
 
 from tensorway.errors import (
@@ -30,6 +30,7 @@ from tensorway.v1 import node_pb2
 from tensorway_worker.adaptation_directory import job_folder
 from tensorway_worker.engines import open_engine
 from tensorway_worker.settings import NodeSettings
+from tests.unit.worker.smollm2 import whole_engine
 
 TENSOR_PLAN = "tensor_plan: {net.embed: embedding_rowwise, net.body.*.0: colwise_gather_output}"
 ROWS = 24
@@ -41,25 +42,29 @@ def author_examples() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
     return inputs, {"y": (inputs["x"] * 7 + 3) % 50}
 
 
-@pytest.mark.parametrize(("parallel", "staged", "extra", "optimizer"), [
-    ("{}", False, "", "ADAMW"),
-    ("{pipeline: 2}", False, "", "SGD"),
-    ("{pipeline: 3}", True, "", "ADAMW"),
-    ("{tensor: 2}", False, TENSOR_PLAN, "SGD"),
-    ("{pipeline: 2, tensor: 2}", False, TENSOR_PLAN, "ADAMW"),
-])  # fmt: skip
-async def test_training_across_ranks_equals_plain_torch(tmp_path: Path, parallel: str, staged: bool, extra: str, optimizer: str) -> None:
-    """Embedding and head are tied: in a pipeline they lie on different stages, with shards they are cut differently."""
-    path = author(tmp_path / "models", parallel, staged=staged, extra=extra)
+async def test_training_across_ranks_equals_plain_torch(tmp_path: Path) -> None:
+    """Embedding and head are tied: in a pipeline they lie on different stages, with shards they are cut differently. Each cut has a node
+    of its own."""
+    await three_at_a_time(
+        trains_as_plain_torch_does(tmp_path / "0", "{}", False, "", "ADAMW"),
+        trains_as_plain_torch_does(tmp_path / "1", "{pipeline: 2}", False, "", "SGD"),
+        trains_as_plain_torch_does(tmp_path / "2", "{pipeline: 3}", True, "", "ADAMW"),
+        trains_as_plain_torch_does(tmp_path / "3", "{tensor: 2}", False, TENSOR_PLAN, "SGD"),
+        trains_as_plain_torch_does(tmp_path / "4", "{pipeline: 2, tensor: 2}", False, TENSOR_PLAN, "ADAMW"),
+    )
+
+
+async def trains_as_plain_torch_does(folder: Path, parallel: str, staged: bool, extra: str, optimizer: str) -> None:
+    path = author(folder / "models", parallel, staged=staged, extra=extra)
     inputs, targets = author_examples()
     kind, rate = (torch.optim.SGD, 0.003) if optimizer == "SGD" else (torch.optim.AdamW, 0.01)
     expected = locally(path, inputs, targets, loss="cross_entropy", optimizer=kind, rate=rate, steps=6, rows=8)
-    async with node(tmp_path, path) as asked:
+    async with node(folder, path) as asked:
         adapted = await asked.adapt(
             model="net", inputs=messages(inputs), targets=messages(targets), loss=node_pb2.LOSS_CROSS_ENTROPY,
             optimizer=getattr(node_pb2, f"OPTIMIZER_{optimizer}"), learning_rate=rate, num_steps=6, batch_rows=8,
         )  # fmt: skip
-    assert asked.losses == pytest.approx(expected.losses, abs=1e-5)
+    assert asked.losses == pytest.approx(expected.losses, abs=1e-5), parallel
     assert expected.losses[-1] < expected.losses[0]
     weights = written(Path(adapted.path), "net.safetensors")
     before = written(path, "net.safetensors")
@@ -156,7 +161,8 @@ async def test_it_is_forbidden_unless_the_node_allows_it(tmp_path: Path) -> None
     assert NodeSettings(registry="directory:x").allow_adaptation is False
 
 
-@pytest.mark.parametrize(("changes", "kind", "words"), [
+#: What no rank can do, the error that says so, and its words.
+REFUSED: tuple[tuple[dict[str, object], type[TensorwayError], str], ...] = (
     ({"inputs": messages({"x": torch.zeros(ROWS, dtype=torch.int32), "w": torch.zeros(ROWS)})}, InvalidRequest, "x must be INT64"),
     ({"targets": messages({"z": torch.zeros(ROWS, dtype=torch.int64)})}, InvalidRequest, "returns no 'z', only y"),
     ({"targets": messages({"y": torch.full((ROWS,), 50)})}, InvalidRequest, "classes of y must be from 0 to 49"),
@@ -164,16 +170,21 @@ async def test_it_is_forbidden_unless_the_node_allows_it(tmp_path: Path) -> None
     ({"only": ["*", "no.such"]}, InvalidRequest, "no floating-point parameter is called 'no.such'"),
     ({"learning_rate": 1e30, "num_steps": 9}, FailedPrecondition, "smaller learning_rate"),
     ({"inputs": messages({"x": torch.full((ROWS,), 77), "w": torch.ones(ROWS)})}, ModelFailed, "index out of range"),
-])  # fmt: skip
-async def test_what_the_ranks_refuse_reaches_the_caller_and_leaves_nothing(
-    tmp_path: Path, changes: dict[str, object], kind: type[TensorwayError], words: str
-) -> None:
-    path = author(tmp_path / "models", "{pipeline: 2}" if "targets" in changes else "{}")
+)  # fmt: skip
+
+
+async def test_what_the_ranks_refuse_reaches_the_caller_and_leaves_nothing(tmp_path: Path) -> None:
+    """Each on a node of its own."""
     before = processes()
-    async with node(tmp_path, path) as asked:
+    await three_at_a_time(*(is_refused(tmp_path / str(number), *refused) for number, refused in enumerate(REFUSED)))
+    assert processes() == before
+
+
+async def is_refused(folder: Path, changes: dict[str, object], kind: type[TensorwayError], words: str) -> None:
+    path = author(folder / "models", "{pipeline: 2}" if "targets" in changes else "{}")
+    async with node(folder, path) as asked:
         with pytest.raises(kind, match=words):
             await asked.adapt(**a_wish(**changes))
-    assert processes() == before
     assert list(asked.adapted_dir.iterdir()) == []
 
 
@@ -294,10 +305,10 @@ async def test_weights_of_a_gguf_file_become_safetensors_that_the_engine_loads(t
     made = load_directory(Path(adapted.path))
     assert made.yaml.settings["weights"] == "smollm2.safetensors"
     assert sorted(file.path for file in made.yaml.files) == ["config.json", "smollm2.safetensors"]
+    after = open_engine(made, "cpu")
+    after.load()
     losses = []
-    for directory in (load_directory(path), made):
-        engine = open_engine(directory, "cpu")
-        engine.load()
+    for engine in (whole_engine(), after):
         with torch.inference_mode():
             losses.append(torch.nn.functional.cross_entropy(engine.run(dict(inputs))["logits"], torch.tensor([5])).item())
     assert losses[0] == pytest.approx(asked.losses[0], rel=1e-4)

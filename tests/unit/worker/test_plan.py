@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,13 +95,16 @@ def test_help_teaches() -> None:
 
 @pytest.mark.models
 def test_what_stays_whole_is_said() -> None:
-    ran = planned(MODELS / "smollm2", "--pipeline", "2", "--tensor", "2", "--rows", "1")
-    plan = json.loads(ran.stdout)
+    both = ("--pipeline", "2", "--tensor", "2", "--rows", "1")
+    asked = (("smollm2", *both), ("resnet50", *both), ("silero-vad", "--pipeline", "2"))
+    with ThreadPoolExecutor() as threads:
+        smollm2, resnet50, silero_vad = threads.map(lambda one: planned(MODELS / one[0], *one[1:]), asked)
+    plan = json.loads(smollm2.stdout)
     assert any("9 heads and 3 key/value heads do not divide by 2" in line for line in plan["not_cut"])
     assert [rank["shard"] for rank in plan["ranks"]] == [0, 1, 0, 1]
     # The sum of each of the 30 MLPs.
     assert sum(rank["num_sums"] for rank in plan["ranks"] if rank["shard"] == 0) == 30
-    resnet = json.loads(planned(MODELS / "resnet50", "--pipeline", "2", "--tensor", "2", "--rows", "1").stdout)
+    resnet = json.loads(resnet50.stdout)
     assert any("nothing of resnet50 can be cut into 2 shards" in line for line in resnet["not_cut"])
     assert any("each rank makes the whole model at load" in line for line in resnet["notes"])
-    assert "a TorchScript module runs as one compiled program" in planned(MODELS / "silero-vad", "--pipeline", "2").stderr
+    assert "a TorchScript module runs as one compiled program" in silero_vad.stderr

@@ -6,7 +6,7 @@ import time
 
 from google.protobuf.message import DecodeError
 
-from tensorway.errors import InvalidRequest
+from tensorway.errors import InvalidRequest, TensorwayError
 from tensorway.transport.port import Server, Stream
 from tensorway.v1 import inference_pb2
 from tensorway_gateway.generation_path import GenerationPath
@@ -30,7 +30,12 @@ class GenerationServicer:
         arrived_s = time.monotonic()
         if message is None:
             raise InvalidRequest("Generate needs exactly one request message", field="request")
-        await self._path.run(self._read(message, arrived_s), stream, stream)
+        try:
+            arrival = self._read(message, arrived_s)
+        except TensorwayError as error:
+            self._path.unread(stream, len(message), arrived_s, error)
+            raise
+        await self._path.run(arrival, stream, stream)
 
     def _read(self, message: bytes, arrived_s: float) -> GenerationArrival:
         try:

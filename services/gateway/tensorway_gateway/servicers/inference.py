@@ -8,7 +8,7 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from tensorway.errors import InvalidRequest
+from tensorway.errors import InvalidRequest, TensorwayError
 from tensorway.parameter_message import write_parameters
 from tensorway.tensor_message import tensor_field
 from tensorway.tensors import Buffer, Tensor
@@ -37,12 +37,24 @@ class InferenceServicer:
     async def infer(self, message: bytes, call: Call) -> bytes:
         """InferRequest bytes in, InferResponse bytes out."""
         arrived_s = time.monotonic()
-        request = self._read(message, arrived_s)
-        return _write(await self._path.run(request, call))
+        try:
+            arrival = self._read(message, arrived_s)
+        except TensorwayError as error:
+            self._path.unread(call, len(message), arrived_s, error)
+            raise
+        return _write(await self._path.run(arrival, call))
 
     async def explain(self, message: bytes, call: Call) -> bytes:
         """ExplainRequest bytes in, ExplainResponse bytes out: an InferResponse has the same fields."""
         arrived_s = time.monotonic()
+        try:
+            arrival = self._read_explain(message, arrived_s)
+        except TensorwayError as error:
+            self._path.unread(call, len(message), arrived_s, error)
+            raise
+        return _write(await self._path.run(arrival, call))
+
+    def _read_explain(self, message: bytes, arrived_s: float) -> Arrival:
         message, lifted = lift_tensors(message)
         try:
             request = inference_pb2.ExplainRequest.FromString(message)
@@ -50,8 +62,7 @@ class InferenceServicer:
             raise InvalidRequest("the message is no ExplainRequest", field="request") from error
         # Set even where no option is: its presence is what tells the request apart.
         request.options.num_points = request.options.num_points or DEFAULT_NUM_POINTS
-        arrival = self._arrival(request, (), lifted, arrived_s, request.options.SerializeToString())
-        return _write(await self._path.run(arrival, call))
+        return self._arrival(request, (), lifted, arrived_s, request.options.SerializeToString())
 
     def _read(self, message: bytes, arrived_s: float) -> Arrival:
         message, lifted = lift_tensors(message)

@@ -9,7 +9,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from tensorway.compat import grpc_service_pb2
-from tensorway.errors import InvalidRequest
+from tensorway.errors import InvalidRequest, TensorwayError
 from tensorway.parameter_message import write_parameters
 from tensorway.tensor_message import varint
 from tensorway.tensors import Buffer
@@ -48,13 +48,20 @@ class OipServicer:
     async def model_infer(self, message: bytes, call: Call) -> bytes:
         """ModelInferRequest bytes in, ModelInferResponse bytes out; outputs are raw, unless `binary_data_output` is false."""
         arrived_s = time.monotonic()
+        try:
+            request, arrival = self._read(message, arrived_s)
+        except TensorwayError as error:
+            self._path.unread(call, len(message), arrived_s, error)
+            raise
+        return write_response(await self._path.run(arrival, call), request)
+
+    def _read(self, message: bytes, arrived_s: float) -> tuple[grpc_service_pb2.ModelInferRequest, Arrival]:
         message, lifted = lift_raw_contents(message)
         try:
             request = grpc_service_pb2.ModelInferRequest.FromString(message)
         except DecodeError as error:
             raise InvalidRequest("the message is no ModelInferRequest", field="request") from error
-        arrival = read_arrival(request, lifted, self._path.request_id(request.id), arrived_s)
-        return write_response(await self._path.run(arrival, call), request)
+        return request, read_arrival(request, lifted, self._path.request_id(request.id), arrived_s)
 
 
 def read_arrival(

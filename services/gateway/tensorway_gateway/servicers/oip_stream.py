@@ -128,6 +128,7 @@ class _Conversation:
                     continue
                 outcome = partial(self._infer, read_arrival(request, lifted, request_id, arrived_s), request, version)
             except TensorwayError as error:
+                self._path.unread(self._part, len(message), arrived_s, error)
                 outcome = partial(self._failed, error, request, request.model_version)
             turn, earlier = asyncio.Event(), turn
             tasks.create_task(self._in_turn(outcome, earlier, turn), name="request of a stream")

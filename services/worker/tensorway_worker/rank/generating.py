@@ -38,6 +38,7 @@ from tensorway_worker.rank.group import LinkedGroup
 from tensorway_worker.rank.leader import EXPLAIN, INFER
 from tensorway_worker.rank.solo import SoloGroup
 from tensorway_worker.rank.step import is_fatal
+from tensorway_worker.rank.step_trace import log_fields
 from tensorway_worker.rank.waited_step import on_host, run_in
 
 _LOG = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class Generations:
         self._num_open += 1
         self._idle.clear()
         trace = answer_trace(self._tracer, asked.traceparent, {"tensorway.request_id": asked.request_id, "tensorway.rank": 0})
-        stream = _Stream(exchange, self.generator, self._closed, trace)
+        stream = _Stream(exchange, self.generator, self._closed, trace, asked)
         exchange.on_cancel(stream.cancel)
         exchange.on_credit(stream.flush)
         work = partial(asked.read, self.text, self._yaml, self._engine.dimensions.max_context, exchange.deadline.at_s)
@@ -187,8 +188,11 @@ class Generations:
 class _Stream:
     """One answer on its way out. Implements `Listener`."""
 
-    def __init__(self, exchange: Exchange, generator: Generator, on_closed: Callable[[], None], trace: AnswerTrace | None) -> None:
+    def __init__(
+        self, exchange: Exchange, generator: Generator, on_closed: Callable[[], None], trace: AnswerTrace | None, asked: Asked
+    ) -> None:
         self._exchange = exchange
+        self._asked = asked
         self._generator = generator
         self._on_closed = on_closed
         self._trace = trace
@@ -211,7 +215,8 @@ class _Stream:
             self.failed(error)
             return
         except Exception as error:  # noqa: BLE001 - a bug here costs one answer
-            _LOG.exception("a generation could not be prepared")
+            fields = log_fields(self._asked.request_id, self._asked.traceparent)
+            _LOG.exception("a generation could not be prepared", extra={"fields": fields})
             self.failed(as_tensorway_error(error))
             return
         self.flush()

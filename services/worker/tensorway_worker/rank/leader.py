@@ -27,7 +27,7 @@ from tensorway_worker.rank.codec import Batch, Codec, Times
 from tensorway_worker.rank.executor import Executor
 from tensorway_worker.rank.outputs import Answer
 from tensorway_worker.rank.step import BatchRunner, Staged, is_fatal
-from tensorway_worker.rank.step_trace import NO_TRACING, StepTracing
+from tensorway_worker.rank.step_trace import NO_TRACING, StepTracing, batch_fields
 
 _LOG = logging.getLogger(__name__)
 
@@ -201,7 +201,9 @@ class Leader:
         try:
             work(accepted)
         except Exception as error:  # noqa: BLE001 - handed to the batch, and to the rank where it is lost
-            _LOG.exception("a batch failed as a whole")
+            batch = accepted.batch
+            ids = (request.request_id for request in batch.requests if not isinstance(request, TensorwayError))
+            _LOG.exception("a batch failed as a whole", extra={"fields": batch_fields(ids, batch.traceparent)})
             is_lost = is_fatal(error)
             failure = Unavailable(f"the group was lost: {error}") if is_lost else as_tensorway_error(error)
             self._hand_back(accepted, failure)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, Final, TypeVar
 
 from tensorway.telemetry.trace_context import from_wire
@@ -32,6 +33,8 @@ from tensorway.telemetry.tracing import (
 from tensorway_worker.rank.launch import RankLaunch
 
 T = TypeVar("T")
+#: A log line names at most so many requests.
+_MAX_IDS: Final = 8
 
 
 class _Current(threading.local):
@@ -118,9 +121,16 @@ def current() -> str:
     return _CURRENT.wire
 
 
-def log_fields(request_id: str) -> dict[str, str]:
-    """What a log line about a request of the step that this thread runs says of it."""
-    context = from_wire(_CURRENT.wire)
+def batch_fields(request_ids: Iterable[str], traceparent: str) -> dict[str, object]:
+    """What a log line about a whole batch says of it; `traceparent` as the orchestrator wrote it."""
+    fields: dict[str, object] = {"request_ids": list(islice(request_ids, _MAX_IDS))}
+    context = from_wire(traceparent) if traceparent else None
+    return fields if context is None else {**fields, "trace_id": context.trace_id}
+
+
+def log_fields(request_id: str, traceparent: str = "") -> dict[str, str]:
+    """What a log line says of a request; without a `traceparent` it is one of the step that this thread runs."""
+    context = from_wire(traceparent or _CURRENT.wire)
     return {"request_id": request_id} if context is None else {"request_id": request_id, "trace_id": context.trace_id}
 
 

@@ -174,7 +174,7 @@ class Generator:
             self._deliver([partial(listener.failed, error)])
             return
         except Exception:  # noqa: BLE001 - one answer's bug is not the others'
-            _LOG.exception("an answer could not be begun")
+            _LOG.exception("an answer could not be begun", extra={"fields": {"request_id": request.request_id}})
             self._deliver([partial(listener.failed, Unavailable("the answer could not be begun; see the group's log"))])
             return
         if finish is not None:
