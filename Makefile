@@ -23,6 +23,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --progress-bar off "pip>=24"
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e '.[worker,dev]'
+	# Every service and rank is a process that imports this: compiled once, not by each.
+	$(BIN)/python -m compileall -q tensorway services
 	@touch $@
 
 install: $(VENV)/.installed ## Create .venv with everything

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable
+from importlib import metadata
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from tensorway import __version__
 from tensorway.registry.outages import OUTAGES
 from tensorway.transport.link_traffic import TRAFFIC
 
+#: Of the distribution that is installed.
+VERSION: Final = metadata.version("tensorway")
 _SENT: Final = ("sent",)
 _RECEIVED: Final = ("received",)
 
@@ -31,7 +33,7 @@ class MemberCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """The metrics as they are now; called for each scrape."""
         build = GaugeMetricFamily("tensorway_build_info", "Always 1; the labels say what runs.", labels=("service", "version", "python"))
-        build.add_metric((self._service, __version__, platform.python_version()), 1)
+        build.add_metric((self._service, VERSION, platform.python_version()), 1)
         yield build
         yield GaugeMetricFamily("tensorway_ready", "1 while /readyz says that the service can do its job.", int(self._is_ready()))
         yield GaugeMetricFamily("tensorway_grpc_open_calls", "gRPC calls that this server has open, streams too.", self._num_calls())

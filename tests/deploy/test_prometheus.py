@@ -45,7 +45,7 @@ def test_the_configuration_with_consul_differs_only_in_how_it_finds_members(tmp_
     assert done.returncode == 0, done.stdout
     picks = [rule for rule in job["relabel_configs"] if rule["source_labels"] == ["__meta_consul_tags"]]
     # Prometheus joins tags with commas and puts one at either end.
-    assert [re.fullmatch(rule["regex"], ",grpc,ops=10.0.0.7:8012,zone-a,")[1] for rule in picks] == ["10.0.0.7:8012"] * 2  # type: ignore[index]
+    assert [re.fullmatch(rule["regex"], ",grpc,ops=127.0.0.7:8012,zone-a,")[1] for rule in picks] == ["127.0.0.7:8012"] * 2  # type: ignore[index]
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])

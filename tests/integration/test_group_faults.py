@@ -87,7 +87,7 @@ async def test_each_rank_of_four_killed_leaves_nothing_behind(world: World) -> N
     before = await settled(world)
     for rank in range(4):
         await kill(world, (2, 2), rank)
-    await kill(world, (2, 1), 1, signal.SIGABRT)
+    await kill(world, (2, 2), 1, signal.SIGABRT)
     after = await settled(world)
     assert after.zombies == before.zombies == 0
     assert after.num_processes == before.num_processes

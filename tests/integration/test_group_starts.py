@@ -82,13 +82,9 @@ async def test_groups_that_cannot_start_back_off_and_say_why_in_every_place(tmp_
             await client.infer("dies", ask(), timeout_s=5.0)
 
 
-#: Enough that some request is always on its way, and so few that the ranks which start meanwhile find a core.
-NUM_CALLERS, PAUSE_S = 6, 0.01
-
-
 @dataclass(eq=False)
 class Load:
-    """Callers that send one request after another, `PAUSE_S` apart."""
+    """Callers that send one request after another."""
 
     num_answered: int = 0
     is_over: bool = False
@@ -98,7 +94,6 @@ class Load:
             error = await world.call(model, timeout_s=20.0)
             assert error is None, error
             self.num_answered += 1
-            await asyncio.sleep(PAUSE_S)
 
 
 @asynccontextmanager
@@ -106,7 +101,7 @@ async def load_of(world: World, model: str) -> AsyncIterator[Load]:
     """Requests without end while the block runs; one that fails fails the block."""
     async with asyncio.TaskGroup() as tasks:
         load = Load()
-        for _ in range(NUM_CALLERS):
+        for _ in range(4):
             tasks.create_task(load.call(world, model))
         yield load
         load.is_over = True

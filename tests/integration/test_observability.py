@@ -112,8 +112,11 @@ async def test_every_expression_finds_something_in_a_real_prometheus(world: Worl
         rules = await prometheus.rules()
         assert {rule["health"] for rule in rules} == {"ok"}, [rule for rule in rules if rule["health"] != "ok"]
         for expression in sorted(dashboard_expressions() | {rule["name"] for rule in rules if rule["type"] == "recording"}):
-            found = await prometheus.query(expression)
-            assert found or any(word in expression for word in MAY_BE_EMPTY), f"{expression} finds nothing"
+            if any(word in expression for word in MAY_BE_EMPTY):
+                await prometheus.query(expression)
+            else:
+                # Groups of rules are evaluated at instants of their own: the last may be a moment behind.
+                await prometheus.wait(expression)
         # What the alerts look at is there: an alert on a metric that nobody exports never fires.
         exported = {row["metric"]["__name__"] for row in await prometheus.query('count by (__name__) ({__name__=~"tensorway_.+"})')}
         # Recorded ones, which have colons, were looked at before.
@@ -154,7 +157,7 @@ async def run_top(world: World, *arguments: str, **environment: str) -> str:
 
 
 async def test_top_tells_one_frame_as_json(world: World) -> None:
-    frame = json.loads(await run_top(world, "--json"))
+    frame = json.loads(await run_top(world, "--json", "--every", "0.4"))
     assert [(row["kind"], row["is_ready"]) for row in frame["members"]] == [(GATEWAY, True), (ORCHESTRATOR, True), (NODE, True)]
     models = {row["name"]: row for row in frame["models"]}
     assert set(models) == {"identity", "talker"}
@@ -173,7 +176,7 @@ async def test_top_tells_one_frame_as_json(world: World) -> None:
 
 
 async def test_top_fits_a_narrow_terminal(world: World) -> None:
-    shown = await run_top(world, "--once", COLUMNS="80")
+    shown = await run_top(world, "--once", "--every", "0.4", COLUMNS="80")
     assert max(map(len, shown.splitlines())) <= 80
     for word in ("gateway-1", "orchestrator-1", "node-1", "identity", "talker", "■■", "INVALID_ARGUMENT", "1/1", "req/s"):
         assert word in shown, shown
@@ -252,7 +255,7 @@ async def test_the_status_document_tells_the_mesh(world: World) -> None:
 @pytest.mark.skipif(find_chromium() is None, reason=NO_BROWSER)
 async def test_the_status_page_shows_it_in_a_browser(world: World, tmp_path: Path) -> None:
     async with open_tab(tmp_path, f"http://{world.ops}/") as tab:
-        await tab.until("Number(document.body.dataset.looks) >= 3")
+        await tab.until("document.body && Number(document.body.dataset.looks) >= 2")
         rows = await tab.evaluate("[...document.querySelectorAll('#models tbody tr')].map(row => row.innerText)")
         assert [row.split("\n")[0].strip() for row in rows] == ["identity", "talker"]
         assert all("1 of 1" in row and re.search(r"[\d.]+ /s", row) for row in rows)

@@ -11,7 +11,7 @@ import subprocess
 import sysconfig
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -340,7 +340,8 @@ async def _stream(member: Registration, tls: MeshTls, method: str) -> None:
     stream = channel.stream(method)
     try:
         async with asyncio.timeout(_SOON_S):
-            await stream.write(b"")
+            with suppress(Unavailable):  # refused before it was written: reading says why
+                await stream.write(b"")
             await stream.read()
     finally:
         await stream.cancel()

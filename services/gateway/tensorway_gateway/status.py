@@ -16,11 +16,11 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from tensorway import __version__
 from tensorway.errors import TensorwayError
 from tensorway.loads import ModelLoad, decode_loads, load_key
 from tensorway.registry.port import GATEWAY, NODE, ORCHESTRATOR, Registration, Registry
 from tensorway.telemetry.ops import Page, PageSource
+from tensorway.telemetry.ops_metrics import VERSION
 from tensorway_gateway.admission import Admission
 from tensorway_gateway.catalog import Catalog
 from tensorway_gateway.statistics import Statistics
@@ -88,7 +88,7 @@ class Status:
         return {
             "format": 1,
             "gateway": {
-                "id": self.id, "version": __version__, "python": platform.python_version(), "uptime_s": time.monotonic() - self._began_s,
+                "id": self.id, "version": VERSION, "python": platform.python_version(), "uptime_s": time.monotonic() - self._began_s,
                 "unix_s": time.time(), "unready": self.readiness() or "",
             },
             "registry_problem": asked.problem,

@@ -14,7 +14,11 @@ PRIVATE_HOST = re.compile(
 )
 URL = re.compile(r"\bhttps?://([A-Za-z0-9._-]+)")
 #: Public places that the repository may name.
-HOSTS = {"bford.info", "creativecommons.org", "github.com", "huggingface.co", "www.apache.org", "www.w3.org", "ui.perfetto.dev", "idp.example.com", "localhost", "127.0.0.1"}
+HOSTS = {
+    "bford.info", "creativecommons.org", "github.com", "huggingface.co", "www.apache.org", "www.w3.org", "ui.perfetto.dev",
+    # Nobody's, for examples; the services of compose.yaml; a word that stands for any.
+    "idp.example.com", "localhost.elsewhere.example", "gateway", "prometheus", "host", "localhost", "127.0.0.1",
+}
 NOT_TEXT = {".pb", ".png", ".jpg", ".npy", ".pt", ".safetensors", ".lock"}
 
 

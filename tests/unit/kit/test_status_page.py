@@ -130,15 +130,16 @@ def large_mesh(unix_s: float, uptime_s: float) -> dict[str, Any]:
         for number in range(NUM_GROUPS)
     ]
     members = [
-        {"kind": kind, "id": f"{kind}-{number}", "endpoint": "10.0.0.1:8001", "ops": "", "zone": "", "pid": "1"}
+        {"kind": kind, "id": f"{kind}-{number}", "endpoint": "127.0.0.1:8001", "ops": "", "zone": "", "pid": "1"}
         for kind, count in (("gateway", 4), ("orchestrator", 6), ("node", 24)) for number in range(count)
     ]
     buckets = [int(uptime_s * 10)] * 8 + [0] * (len(BUCKETS_S) - 7)
     models = [
         {
-            "name": f"model-{number}", "revision": "r" * 64, "version": "1", "engine": "python", "generates": number % 3 == 0, "state": "READY",
-            "reason": "", "num_wanted": 34, "num_ready": 30, "requests": {"OK": int(uptime_s * 80)}, "duration_buckets": buckets,
-            "first_delta_buckets": buckets, "num_messages": 0, "arrival_rows_per_s": 1.0, "queue_s": 0.0, "utilisation": 0.5,
+            "name": f"model-{number}", "revision": "r" * 64, "version": "1", "engine": "python", "generates": number % 3 == 0,
+            "state": "READY", "reason": "", "num_wanted": 34, "num_ready": 30, "requests": {"OK": int(uptime_s * 80)},
+            "duration_buckets": buckets, "first_delta_buckets": buckets, "num_messages": 0, "arrival_rows_per_s": 1.0, "queue_s": 0.0,
+            "utilisation": 0.5,
             "waiting_rows": 3, "num_open": 5, "orchestrators": {f"orchestrator-{number % 6}": 10.0},
         }
         for number in range(12)
@@ -148,7 +149,8 @@ def large_mesh(unix_s: float, uptime_s: float) -> dict[str, Any]:
         "gateway": {"id": "gateway-0", "version": "0.1.0", "python": "3.11", "uptime_s": uptime_s, "unix_s": unix_s, "unready": ""},
         "bucket_bounds_s": BUCKETS_S, "members": members, "models": models, "groups": groups, "errors": [],
         "orchestrators": [
-            {"id": f"orchestrator-{number}", "is_connected": number != 5, "num_sent": int(uptime_s * 100), "num_in_flight": 1} for number in range(6)
+            {"id": f"orchestrator-{number}", "is_connected": number != 5, "num_sent": int(uptime_s * 100), "num_in_flight": 1}
+            for number in range(6)
         ],
     }
 
@@ -170,7 +172,7 @@ async def test_a_large_mesh_fits_the_page(tmp_path: Path) -> None:
             assert answer.headers["X-Content-Type-Options"] == "nosniff"
             assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
         async with open_tab(tmp_path, f"http://{server.endpoint}/") as tab:
-            await tab.until("Number(document.body.dataset.looks) >= 2")
+            await tab.until("document.body && Number(document.body.dataset.looks) >= 2")
             assert await tab.evaluate("document.querySelectorAll('#map [data-group]').length") == NUM_GROUPS
             assert await tab.evaluate("document.querySelectorAll('#map .rank.failed').length") > 0
             assert await tab.evaluate("document.querySelectorAll('#map .line.broken').length") == 1

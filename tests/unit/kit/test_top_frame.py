@@ -11,10 +11,10 @@ from tensorway.load_report import LoadReport
 from tensorway.registry.port import GATEWAY, GROUP, NODE, ORCHESTRATOR, Registration
 
 MEMBERS = (
-    Registration(GATEWAY, "g1", "10.0.0.1:8001", {"ops": "10.0.0.1:8002"}),
-    Registration(GATEWAY, "g2", "10.0.0.2:8001", {"ops": "10.0.0.2:8002"}),
-    Registration(ORCHESTRATOR, "o1", "10.0.0.3:8011", {}), Registration(NODE, "n1", "10.0.0.4:8021", {}),
-    Registration(GROUP, "m.0@n1", "10.0.0.4:9000", {"model": "m", "node": "n1", "epoch": "3"}),
+    Registration(GATEWAY, "g1", "127.0.0.1:8001", {"ops": "127.0.0.1:8002"}),
+    Registration(GATEWAY, "g2", "127.0.0.2:8001", {"ops": "127.0.0.2:8002"}),
+    Registration(ORCHESTRATOR, "o1", "127.0.0.3:8011", {}), Registration(NODE, "n1", "127.0.0.4:8021", {}),
+    Registration(GROUP, "m.0@n1", "127.0.0.4:9000", {"model": "m", "node": "n1", "epoch": "3"}),
 )
 LOAD = LoadReport("m", "r" * 64, 7.0, 0.01, 0.5, 1, 2, 0.7, 3, 4, 0, 0, ())
 

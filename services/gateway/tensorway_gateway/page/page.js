@@ -275,7 +275,8 @@ function showMap(now, change) {
   const tallest = Math.max(gateways.length, orchestrators.length) * 60 + 26, height = Math.max(plan.height, tallest, 110);
   svg.replaceChildren();
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  const heightOf = (list) => (height + 26 - list.length * 60 + 14) / 2;
+  // Beside a map that is higher than a screen they stay where they are seen first.
+  const heightOf = (list) => (Math.min(height, 640) + 26 - list.length * 60 + 14) / 2;
   const spots = (list, x) => new Map(list.map((one, at) => [one.id, {x, y: Math.max(26, heightOf(list)) + at * 60}]));
   const from = spots(gateways, 1), via = spots(orchestrators, side + gap);
   const rate = (kind, id) => change ? change[kind].get(id) || 0 : 0;
@@ -300,7 +301,8 @@ function showMap(now, change) {
   const rateOf = (group) => group.state === "ready" ? rate("groups", group.id) || streams(group) : 0;
   for (const [id, spot] of via) {
     if (plan.isCompact || plan.places.size * via.size > FULL_GROUPS) {
-      for (const node of plan.nodes) {
+      // Lines to further columns would only be seen between the boxes of the first: their nodes' rates say it.
+      for (const node of plan.nodes.filter((one) => one.x === left)) {
         const used = sum(now.groups.filter((group) => group.node === node.id).map((group) => rateOf(group) * share(group.model, id)));
         line(curve(spot.x + side, spot.y + 23, node.x, node.y + 16), used);
       }
@@ -321,7 +323,9 @@ function showMap(now, change) {
   }
   for (const node of plan.nodes) {
     make("rect", {class: "node", x: node.x, y: node.y, width: node.width, height: node.height, rx: 12}, "", svg);
-    make("text", {class: "small", x: node.x + 12, y: node.y + 20}, cut(node.id, Math.floor(node.width / 7)), svg);
+    make("text", {class: "small", x: node.x + 12, y: node.y + 20}, cut(node.id, Math.floor(node.width / 9)), svg);
+    const per = sum(now.groups.filter((group) => group.node === node.id).map(rateOf));
+    if (per) make("text", {class: "small", x: node.x + node.width - 12, y: node.y + 20, "text-anchor": "end"}, `${count(per)}/s`, svg);
     if (node.isEmpty) make("text", {class: "small", x: node.x + 12, y: node.y + 40}, "no group", svg);
   }
   for (const place of plan.places.values()) drawGroup(svg, place, rateOf(place.group), plan.isCompact);
