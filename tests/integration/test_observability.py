@@ -255,7 +255,7 @@ async def test_the_status_document_tells_the_mesh(world: World) -> None:
 @pytest.mark.skipif(find_chromium() is None, reason=NO_BROWSER)
 async def test_the_status_page_shows_it_in_a_browser(world: World, tmp_path: Path) -> None:
     async with open_tab(tmp_path, f"http://{world.ops}/") as tab:
-        await tab.until("document.body && Number(document.body.dataset.looks) >= 2")
+        await tab.until("document.body && Number(document.body.dataset.looks) >= 3")
         rows = await tab.evaluate("[...document.querySelectorAll('#models tbody tr')].map(row => row.innerText)")
         assert [row.split("\n")[0].strip() for row in rows] == ["identity", "talker"]
         assert all("1 of 1" in row and re.search(r"[\d.]+ /s", row) for row in rows)

@@ -14,7 +14,7 @@ class NodeSettings(ServiceSettings):
     ops_listen: str = Field("127.0.0.1:8022", description="HTTP endpoint for /healthz, /readyz and /metrics; `off` for none.")
     models_dir: str = Field("models", description="Directory that holds model directories.")
     models: list[str] = Field(default_factory=list, description="Names of the models to offer; default: all in models_dir.")
-    rank_listen: str = Field("127.0.0.1:0", description="Where leaders listen: host:0 takes a free port, host:FIRST-LAST the first free one.")
+    rank_listen: str = Field("127.0.0.1:0", description="Where leaders listen; host:0 takes any free port, host:FIRST-LAST the first.")
     rank_interface: str = Field(
         "", description="Network interface, private to the mesh, on which ranks of groups over several nodes meet; empty: no such groups."
     )

@@ -40,7 +40,8 @@ def files(folder: Path, cert: str = "worker.pem", key: str = "worker.key", ca: s
     [
         ({"cert": "absent.pem"}, "tls_cert", "cannot be read"), ({"ca": "absent.pem"}, "tls_ca", "cannot be read"),
         ({"cert": "text.pem"}, "tls_cert", "no certificate in PEM form"), ({"key": "text.pem"}, "tls_key", "no private key in PEM form"),
-        ({"ca": "text.pem"}, "tls_ca", "no certificates in PEM form"), ({"key": "operator.key"}, "tls_key", "not the key of the certificate"),
+        ({"ca": "text.pem"}, "tls_ca", "no certificates in PEM form"),
+        ({"key": "operator.key"}, "tls_key", "not the key of the certificate"),
     ],
 )
 def test_files_that_do_not_serve_are_named(folder: Path, given: dict[str, str], field: str, why: str) -> None:
@@ -97,7 +98,8 @@ async def test_the_ops_port_takes_only_known_callers_and_follows_its_files(
         with pytest.raises(aiohttp.ClientError):
             await _get(server.endpoint, known)
         assert own.files.material().expires_s > expiry
-        assert f"{own.files.material().expires_s:.1f}"[:7] in generate_latest(metrics).decode()
+        (shown,) = [line for line in generate_latest(metrics).decode().splitlines() if line.startswith("tensorway_tls_certificate")]
+        assert float(shown.split()[1]) == own.files.material().expires_s
     finally:
         await server.stop()
 
