@@ -78,6 +78,7 @@ check: install ## Lint, types, house rules, contract and generated stubs
 	$(BIN)/buf lint .tools/protos.binpb --config protos/buf.yaml
 	$(BIN)/python tests/check_stubs.py $(BIN)/python
 	$(BIN)/python -m docs.generate --check
+	$(BIN)/python deploy/grafana/dashboards.py --check
 
 lock: install ## Pin what the images install, deploy/requirements/*.txt
 	$(BIN)/python deploy/requirements/lock.py

