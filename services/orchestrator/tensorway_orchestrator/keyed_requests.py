@@ -55,7 +55,7 @@ class KeyedRequests:
         self._wait(keyed.waiters, exchange)
 
         def ended(outcome: Outcome) -> None:
-            self._ended(key, fingerprint, outcome, run)
+            self._ended(key, fingerprint, outcome, run, exchange)
 
         keyed_run = _KeyedRun(exchange.head, exchange.payload, exchange.deadline, ended)
         try:
@@ -68,21 +68,22 @@ class KeyedRequests:
         # Nobody may be left: the run goes on, for whoever asks next.
         exchange.on_cancel(lambda: waiters.remove(exchange) if exchange in waiters else None)
 
-    def _ended(self, key: str, fingerprint: str, outcome: Outcome, run: Run) -> None:
+    def _ended(self, key: str, fingerprint: str, outcome: Outcome, run: Run, first: Exchange) -> None:
         if isinstance(outcome, TensorwayError) and (outcome.is_retryable or isinstance(outcome, DeadlineExceeded | Cancelled)):
             waiters = self._table.dropped(key)
             if isinstance(outcome, DeadlineExceeded):
                 # It was the first one's deadline; who asked later may have time left.
-                waiters = self._run_for_the_patient(key, fingerprint, waiters, run)
+                waiters = self._run_for_the_patient(key, fingerprint, waiters, run, first)
         else:
             num_bytes = sum(map(len, outcome.payload)) + len(outcome.head) if isinstance(outcome, Reply) else 0
             waiters = self._table.answered(key, outcome, num_bytes, time.monotonic())
         for waiter in waiters:
             _tell(waiter, outcome)
 
-    def _run_for_the_patient(self, key: str, fingerprint: str, waiters: list[Exchange], run: Run) -> list[Exchange]:
-        """Begins again for those whose deadline has not come; returns the others."""
-        patient = [waiter for waiter in waiters[1:] if waiter.deadline.remaining_s() > 0.0]
+    def _run_for_the_patient(self, key: str, fingerprint: str, waiters: list[Exchange], run: Run, first: Exchange) -> list[Exchange]:
+        """Begins again for those whose deadline has not come, but for the `first`, whose run it was and who may have left; returns the
+        others."""
+        patient = [waiter for waiter in waiters if waiter is not first and waiter.deadline.remaining_s() > 0.0]
         for number, waiter in enumerate(patient):
             known = self._table.find(key, time.monotonic())
             if number == 0 or known is None:

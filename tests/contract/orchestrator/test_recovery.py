@@ -310,6 +310,21 @@ async def test_who_asks_later_with_a_longer_deadline_is_not_failed_by_the_first_
     assert await long == b"abc"
 
 
+async def test_the_first_one_may_leave_before_its_deadline(bench: Bench) -> None:
+    """Then who asked later is the first that is left, and still has time."""
+    leader = await bench.add_leader("g", on_batch=hold)
+    short = asyncio.ensure_future(bench.infer("short", key="k", timeout_s=1.5))
+    await leader.wait_batches(1)
+    long = asyncio.ensure_future(bench.infer("long", key="k", timeout_s=8))
+    while bench.count("idempotent_repeats") < 1:
+        await asyncio.sleep(0.005)
+    short.cancel()
+    async with asyncio.timeout(6):
+        await leader.wait_batches(2)
+    leader.batches[1].echo()
+    assert await long == b"abc"
+
+
 async def test_the_fallback_answers_while_no_group_lives_and_says_so(tmp_path: Path) -> None:
     async with orchestrator_bench(tmp_path, MAIN, ECHO) as bench:
         await bench.add_leader("e")
