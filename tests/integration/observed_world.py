@@ -74,6 +74,7 @@ async def running_world(folder: Path) -> AsyncIterator[World]:
             patch.setenv("TENSORWAY_TRACE_ENDPOINT", receiver.endpoint)
             patch.setenv("TENSORWAY_TRACE_HEADERS_FILE", str(headers))
             patch.setenv("TENSORWAY_ZONE", "here")
+            patch.setenv("TENSORWAY_TRACE_STEP_DETAIL", "3")
             patch.setenv("TMPDIR", str(temporary))
             async with running_mesh(folder, *names, models_dir=models) as mesh:
                 yield World(mesh, receiver, temporary, *names[1:])

@@ -73,7 +73,12 @@ async def test_one_request_is_one_trace_down_to_every_rank(world: World) -> None
     assert gateway.attributes["tensorway.model"] == world.pipeline
     assert (attempt.attributes["tensorway.attempt"], batch.attributes["tensorway.batch_requests"]) == (1, 1)
     assert attempt.attributes["tensorway.group"] == gateway.attributes["tensorway.group"]
-    assert [one(spans, f"rank {rank}").attributes["tensorway.rank"] for rank in (0, 1)] == [0, 1]
+    for rank in (0, 1):
+        part = one(spans, f"rank {rank}")
+        assert part.attributes["tensorway.rank"] == rank
+        # The operators that took longest (`trace_step_detail`).
+        assert len(part.events) == 3
+        assert all(name.startswith("aten::") for name in part.events)
     assert {span.service: span.resource["cloud.availability_zone"] for span in spans} == dict.fromkeys(
         ("gateway", "orchestrator", "rank"), "here"
     )

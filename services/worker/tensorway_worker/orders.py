@@ -78,7 +78,7 @@ def _launch(
         interface=settings.rank_interface if orders.is_spread else _LOOPBACK,
         tls=(settings.tls_cert, settings.tls_key, settings.tls_ca, settings.tls_domain),
         trace_endpoint=settings.trace_endpoint, trace_ca_file=settings.trace_ca_file, trace_headers_file=settings.trace_headers_file,
-        verify=orders.verify, local_rank=local_rank, local_world_size=orders.num_ranks,
+        trace_step_detail=settings.trace_step_detail, verify=orders.verify, local_rank=local_rank, local_world_size=orders.num_ranks,
     )
 
 

@@ -26,4 +26,7 @@ class NodeSettings(ServiceSettings):
         False, description="Whether callers may train copies of this node's models (NodeService.AdaptModel, `tensorway adapt`)."
     )
     adapted_dir: str = Field("", description="Directory for adapted models; default: `adapted` beside models_dir.")
+    trace_step_detail: int = Field(
+        0, ge=0, le=200, description="Operators that a traced step's span names, those that took longest; 0: none (docs/tracing.md)."
+    )
     spread_wait_s: float = Field(2.0, ge=0, description="A second replica of a model is left to other nodes for this long.")

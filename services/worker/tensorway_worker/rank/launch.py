@@ -84,6 +84,8 @@ class RankLaunch:
     trace_endpoint: str = ""
     trace_ca_file: str = ""
     trace_headers_file: str = ""
+    #: See the setting.
+    trace_step_detail: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -99,7 +99,7 @@ class Rank:
         launch = self.launch
         directory = _checked_directory(launch)
         facts.limit_memory(directory.yaml.memory_limit_mb << 20)
-        tracing = step_tracing(launch, self._tracer)
+        tracing = await asyncio.to_thread(step_tracing, launch, self._tracer)
         formed = await self._form(directory, executor, report, store)
         engine, group = formed.engine, formed.group
         if isinstance(group, LinkedGroup):

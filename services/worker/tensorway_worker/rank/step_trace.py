@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tensorway.telemetry.trace_context import from_wire
 from tensorway.telemetry.tracing import (
@@ -32,6 +32,9 @@ from tensorway.telemetry.tracing import (
 )
 from tensorway_worker.rank.launch import RankLaunch
 
+if TYPE_CHECKING:
+    from tensorway_worker.rank.step_detail import StepDetail
+
 T = TypeVar("T")
 #: A log line names at most so many requests.
 _MAX_IDS: Final = 8
@@ -41,6 +44,8 @@ class _Current(threading.local):
     """The span of the step that this thread runs, as it goes over the wire; empty: not sampled."""
 
     wire = ""
+    #: What looks into it.
+    recording: Any = None
 
 
 _CURRENT: Final = _Current()
@@ -49,11 +54,16 @@ _CURRENT: Final = _Current()
 class StepTracing:
     """The spans of one rank."""
 
-    __slots__ = ("_attributes", "_name", "tracer")
+    __slots__ = ("_attributes", "_detail", "_is_alone", "_name", "tracer")
 
-    def __init__(self, tracer: Tracer, rank: int, attributes: dict[str, Attribute]) -> None:
-        """`attributes` say which rank of which group it is."""
+    def __init__(
+        self, tracer: Tracer, rank: int, attributes: dict[str, Attribute], detail: StepDetail | None = None, *, is_alone: bool = True
+    ) -> None:
+        """`attributes` say which rank of which group it is; `is_alone`: the leader's step is all that there is of it. `detail` looks into
+        what a step does."""
         self.tracer = tracer
+        self._detail = detail
+        self._is_alone = is_alone
         self._name = f"rank {rank}"
         self._attributes = {**attributes, "tensorway.rank": rank}
 
@@ -66,11 +76,15 @@ class StepTracing:
             return None
         span = child_of(parent, "step", 0.0, SERVER, {**self._attributes})
         _CURRENT.wire = span.context.to_wire()
+        # In a linked group the leader's own part is a rank's like the others'.
+        _CURRENT.recording = self._detail.begin() if self._detail is not None and self._is_alone else None
         return span
 
     def close(self, span: Span, began_s: float, ended_s: float, received_s: float) -> None:
         """The step that `open` began is over: in the same thread, and in a `finally` where it raised."""
         _CURRENT.wire = ""
+        if self._detail is not None:
+            self._detail.end(_CURRENT.recording, span)
         span.began_s = began_s
         span.attributes["tensorway.wait_us"] = int((began_s - received_s) * 1e6)
         error = sys.exception()
@@ -87,6 +101,7 @@ class StepTracing:
             return work
 
         def traced() -> T:
+            recording = None if self._detail is None else self._detail.begin()
             span = child_of(parent, self._name, time.monotonic(), INTERNAL, {**self._attributes})
             try:
                 return work()
@@ -94,7 +109,10 @@ class StepTracing:
                 span.error = f"{type(error).__name__}: {error}"
                 raise
             finally:
-                self.tracer.record(span)
+                ended_s = time.monotonic()
+                if self._detail is not None:
+                    self._detail.end(recording, span)
+                self.tracer.record(span, ended_s)
 
         return traced
 
@@ -107,7 +125,12 @@ def step_tracing(launch: RankLaunch, tracer: Tracer) -> StepTracing:
     attributes: dict[str, Attribute] = {
         "tensorway.group": launch.group, "tensorway.model": launch.model, "tensorway.epoch": launch.epoch, "tensorway.node": launch.node,
     }
-    return StepTracing(tracer, launch.rank, attributes)
+    detail = None
+    if tracer.is_on and launch.trace_step_detail:
+        from tensorway_worker.rank.step_detail import StepDetail
+
+        detail = StepDetail(launch.trace_step_detail)
+    return StepTracing(tracer, launch.rank, attributes, detail, is_alone=launch.world_size == 1)
 
 
 def rank_tracer(launch: RankLaunch) -> Tracer:
