@@ -95,11 +95,20 @@ def _register_commands() -> None:
     app.add_typer(keys_app, name="keys")
 
 
+def _hint(error: TensorwayError) -> str:
+    """What a server that speaks TLS does to a caller in the clear tells nobody why: it hangs up."""
+    from tensorway.cli.connection import given
+
+    if "Socket closed" in error.message and given().tls() is False:
+        return "; if it speaks TLS, trust its authority: tensorway --tls-ca FILE …"
+    return ""
+
+
 def main() -> None:
     """Entry point: errors of the mesh are one clear sentence, not a traceback."""
     _register_commands()
     try:
         app()
     except TensorwayError as error:
-        print(f"tensorway: {error}", file=sys.stderr)
+        print(f"tensorway: {error}{_hint(error)}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -122,6 +122,7 @@ async def test_the_command_line_takes_certificates_from_its_options_or_the_envir
     refused = await _command("models", "list", "--endpoint", mesh.endpoint)
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
+    assert "tensorway --tls-ca FILE" in refused.stderr
 
 
 async def test_the_mesh_moves_to_other_certificates_under_load_without_a_failure(mesh: Mesh) -> None:
