@@ -212,8 +212,9 @@ def _links(pid: int) -> list[str]:
     """What a process's descriptors stand for; none once it has gone."""
     found: list[str] = []
     try:
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            found.append(os.readlink(entry.path))
+        with os.scandir(f"/proc/{pid}/fd") as entries:
+            for entry in entries:
+                found.append(os.readlink(entry.path))
     except OSError:
         return found
     return found

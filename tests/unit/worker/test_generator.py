@@ -69,8 +69,11 @@ class Bench:
     is_the_end: bool = False
     num_steps: int = 0
     num_rows: list[int] = field(default_factory=list)
+    #: Set by the first step that began.
+    began: threading.Event = field(default_factory=threading.Event)
 
     def run(self, carry: Inputs) -> Outputs:
+        self.began.set()
         assert self.gate.wait(LONG_S)
         self.num_steps += 1
         self.num_rows.append(len(carry["~rows"]))
@@ -216,18 +219,45 @@ async def test_a_failed_step_costs_those_who_were_in_it(bench: Bench, generator:
     await idle(bench, generator)
 
 
-async def test_the_end_of_the_group_is_told_to_all(bench: Bench, generator: Generator) -> None:
+async def held_step(bench: Bench, generator: Generator) -> list[Heard]:
+    """One answer in a step that is held, and eleven whose requests nobody has read yet."""
     bench.gate.clear()
     heard = [Heard() for _ in range(12)]
-    for one in heard:
+    generator.submit(ask([3] * 8), heard[0])
+    assert await asyncio.to_thread(bench.began.wait, LONG_S)
+    for one in heard[1:]:
         generator.submit(ask([3] * 8), one)
-    await asyncio.sleep(0.05)
-    bench.failure, bench.is_the_end = RuntimeError("rank 1 is gone"), True
-    bench.gate.set()
+    assert len(generator._inbox) == 11
+    return heard
+
+
+async def told(heard: list[Heard], what: str) -> None:
     async with asyncio.timeout(LONG_S):
         for one in heard:
             await one.over.wait()
-    assert all(isinstance(one.error, Unavailable) for one in heard)
+            assert isinstance(one.error, Unavailable)
+            assert what in one.error.message
+
+
+async def test_the_end_of_the_group_is_told_to_all(bench: Bench, generator: Generator) -> None:
+    heard = await held_step(bench, generator)
+    bench.failure, bench.is_the_end = RuntimeError("rank 1 is gone"), True
+    bench.gate.set()
+    await told(heard, "rank 1 is gone")
+    late = Heard()
+    generator.submit(ask([3] * 8), late)
+    await told([late], "rank 1 is gone")
+    await idle(bench, generator)
+
+
+async def test_the_close_is_told_to_all(bench: Bench, generator: Generator) -> None:
+    heard = await held_step(bench, generator)
+    generator.close()
+    late = Heard()
+    generator.submit(ask([3] * 8), late)
+    await told([*heard, late], "the group is stopping")
+    bench.gate.set()
+    await idle(bench, generator)
 
 
 async def test_what_the_client_has_is_not_said_again(bench: Bench, generator: Generator) -> None:

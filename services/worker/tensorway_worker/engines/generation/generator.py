@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Final, cast
@@ -69,7 +69,8 @@ class Generator:
         self._ids = count(1)
         self._inbox: deque[Callable[[], None]] = deque()
         self._turn = threading.Condition()
-        self._is_closed = False
+        #: What is said to whoever waits at the end, and to whoever comes after it; None until then.
+        self._closing: TensorwayError | None = None
         #: Threads that wait for something to do.
         self._num_idle = 0
         self.num_steps = 0
@@ -83,11 +84,7 @@ class Generator:
     def close(self) -> None:
         """Ends the threads after the steps that are on their way; does not wait. Answers that are being made fail."""
         with self._turn:
-            self._is_closed = True
-            news: list[News] = []
-            for answer in list(self._answers.values()):
-                self._end(answer, partial(answer.listener.failed, Unavailable("the group is stopping")), news)
-            self._deliver(news)
+            self._shut(Unavailable("the group is stopping"))
             self._turn.notify_all()
 
     @property
@@ -126,6 +123,10 @@ class Generator:
         if self._num_idle:
             with self._turn:
                 self._turn.notify()
+        # No thread reads the inbox any more. Read after the append as `_shut` reads the inbox after it closed: one of both sees it.
+        if self._closing is not None:
+            with self._turn:
+                self._sweep(self._closing)
 
     # What follows happens in the window threads, under the lock but for the step itself.
 
@@ -153,9 +154,8 @@ class Generator:
 
     def _await_step(self) -> Step | None:
         """The next step as soon as there is one; None where the generator is closed."""
-        while not self._is_closed:
-            while self._inbox:
-                self._inbox.popleft()()
+        while self._closing is None:
+            self._read_inbox()
             earliest_s = self._expire(time.monotonic())
             step = self._scheduler.next(self._pace.prefill_tokens(self._scheduler.num_decoding))
             if step is not None:
@@ -165,6 +165,25 @@ class Generator:
                 self._turn.wait(None if earliest_s is None else max(0.0, earliest_s - time.monotonic()))
             self._num_idle -= 1
         return None
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _shut(self, closing: TensorwayError) -> None:
+        """No step begins any more, and nobody is left waiting: neither those who run or wait nor those still in the inbox."""
+        self._closing = self._closing or closing
+        self._sweep(self._closing)
+
+    def _sweep(self, closing: TensorwayError) -> None:
+        self._read_inbox()
+        self._fail_all(list(self._answers.values()), closing)
+
+    def _fail_all(self, answers: Iterable[Answer], failure: TensorwayError) -> None:
+        news: list[News] = []
+        for answer in answers:
+            self._end(answer, partial(answer.listener.failed, failure), news)
+        self._deliver(news)
 
     def _begin(self, id: int, request: GenerationRequest, listener: Listener) -> None:
         try:
@@ -236,17 +255,13 @@ class Generator:
         """A step failed: so do those whose it was. False where that was the end of the group."""
         self._scheduler.lost(step)
         try:
-            failure, goes_on = self._fail(error), True
+            failure = self._fail(error)
         except Exception as lost:  # noqa: BLE001 - the rank ends with it; whoever waits is told at once
-            failure, goes_on = Unavailable(f"the group was lost: {lost}"), False
-        hit = [self._answers.get(row.sequence.id) for row in step.rows] if goes_on else list(self._answers.values())
-        news: list[News] = []
-        for answer in hit:
-            if answer is not None:
-                self._end(answer, partial(answer.listener.failed, failure), news)
-        self._deliver(news)
-        self._is_closed = self._is_closed or not goes_on
-        return goes_on
+            self._shut(Unavailable(f"the group was lost: {lost}"))
+            return False
+        hit = [self._answers.get(row.sequence.id) for row in step.rows]
+        self._fail_all([answer for answer in hit if answer is not None], failure)
+        return True
 
     def _deliver(self, news: list[News]) -> None:
         if news:
