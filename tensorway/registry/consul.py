@@ -92,6 +92,10 @@ class ConsulRegistry:
         deadline = await self._prepare_to_write()
         return await self._documents.create(key, value, deadline)
 
+    async def replace(self, key: str, before: bytes, value: bytes) -> bool:
+        deadline = await self._prepare_to_write()
+        return await self._documents.replace(key, before, value, deadline)
+
     async def delete(self, key: str) -> None:
         await self._documents.delete(key)
 

@@ -76,6 +76,27 @@ class Documents:
             self._remember(key, value)
         return has_created
 
+    async def replace(self, key: str, before: bytes, value: bytes, deadline: Deadline) -> bool:
+        """See `Registry.replace`."""
+        rows.check_size(key, value)
+        num_tries = 0
+
+        async def put(client: Any) -> bool:
+            nonlocal num_tries
+            num_tries += 1
+            _, found = await client.kv.get(self._key(key))
+            present = None if found is None else bytes(found["Value"] or b"")
+            if present != before:
+                # An earlier try may have succeeded though its answer was lost.
+                return num_tries > 1 and present == value
+            has_put: bool = await client.kv.put(self._key(key), value, cas=found["ModifyIndex"])
+            return has_put
+
+        has_replaced = await self._agents.ask(put, f"replacing {key!r}", deadline)
+        if has_replaced:
+            self._remember(key, value)
+        return has_replaced
+
     async def delete(self, key: str) -> None:
         self._written.pop(key, None)
         await self._agents.ask(lambda client: client.kv.delete(self._key(key)), f"deleting {key!r}")

@@ -3,6 +3,7 @@
     ROOT/registrations/KIND/ID     a locked file (see locked_file): live for as long as its owner
     ROOT/claims/KEY                a locked file whose content is the holder
     ROOT/documents/KEY             a plain file, replaced atomically
+    ROOT/changes/KEY               a locked file, for as long as a document is compared and replaced
 
 Watchers sleep in inotify. The kernel reports a dying owner as a close after writing, just before it drops the lock; hence the short second
 look after an event. Keys and ids are percent-encoded into flat file names.
@@ -84,6 +85,19 @@ class DirectoryRegistry:
         except FileExistsError:
             return False
         return True
+
+    async def replace(self, key: str, before: bytes, value: bytes) -> bool:
+        _check_size(key, value)
+        lease = await self._acquire(self._folder("changes") / _file_name(key), b"")
+        if lease is None:
+            return False  # another is changing it at this moment
+        try:
+            if await self.read(key) != before:
+                return False
+            await self.write(key, value)
+            return True
+        finally:
+            await lease.release()
 
     async def delete(self, key: str) -> None:
         path = self._folder("documents") / _file_name(key)

@@ -69,6 +69,10 @@ class Registry(Protocol):
     async def create(self, key: str, value: bytes) -> bool:
         """Writes a document unless it exists; says whether it did."""
 
+    async def replace(self, key: str, before: bytes, value: bytes) -> bool:
+        """Writes a document where it still is `before`, and says whether it did: compare-and-set. What several may change at the same time
+        is written by `create` and `replace` alone (see `tensorway.registry.amending`); a directory's `write` does not look at others."""
+
     async def delete(self, key: str) -> None: ...
 
     def watch_documents(self, prefix: str) -> AsyncIterator[Mapping[str, bytes]]:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from tensorway.errors import TensorwayError
 from tensorway.loads import LOADS, ModelLoad, decode_loads
+from tensorway.registry.amending import amend
 from tensorway.registry.patience import released
 from tensorway.registry.port import DESIRED, GROUP, ORCHESTRATOR, Lease, Registry
 from tensorway.resilience import Scaling
@@ -159,15 +160,16 @@ class Scaler:
     async def _write(self, model: str, revision: str, current: int, wanted: int) -> bool:
         """Changes the number in the document, and nothing else; False where the document is another meanwhile."""
         key = f"{DESIRED}{model}"
-        document = await self._registry.read(key)
-        if document is None:
-            return False
-        wish = _read_wish(key, document)
-        if wish is None or _number(wish) != (revision, current):
-            return False
-        wish["replicas"] = wanted
-        await self._registry.write(key, json.dumps(wish).encode())
-        return True
+        is_mine = False
+
+        def change(document: bytes | None) -> bytes | None:
+            nonlocal is_mine
+            wish = None if document is None else _read_wish(key, document)
+            is_mine = wish is not None and _number(wish) == (revision, current)
+            return json.dumps({**wish, "replicas": wanted}).encode() if wish is not None and is_mine else None
+
+        await amend(self._registry, key, change)
+        return is_mine
 
     async def _follow_loads(self) -> None:
         async for documents in self._registry.watch_documents(LOADS):

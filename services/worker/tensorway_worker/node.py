@@ -8,11 +8,12 @@ import logging
 import socket
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tensorway.deadline import Deadline
 from tensorway.errors import FailedPrecondition
 from tensorway.model_directory import ModelDirectory, find_directories
+from tensorway.registry.amending import amend
 from tensorway.registry.patience import patiently
 from tensorway.registry.port import DESIRED, GATEWAY, NODE, Registration, Registry
 from tensorway.revisions import encode_revision, revision_key
@@ -158,6 +159,11 @@ async def _publish(registry: Registry, directory: ModelDirectory) -> None:
     spec = directory.spec
     await registry.write(revision_key(spec.model, spec.revision), encode_revision(spec))
     key = f"{DESIRED}{spec.model}"
-    wish = first_wish(spec, await registry.read(key))
-    await registry.write(key, json.dumps(wish).encode())
+    wish: dict[str, Any] = {}
+
+    def change(document: bytes | None) -> bytes:
+        wish.update(first_wish(spec, document))
+        return json.dumps(wish).encode()
+
+    await amend(registry, key, change)
     _LOG.info("model offered", extra={"fields": {"model": spec.model, "revision": spec.revision[:12], "replicas": wish["replicas"]}})

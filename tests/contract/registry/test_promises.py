@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tensorway.errors import FailedPrecondition, TensorwayError
+from tensorway.registry.amending import amend
 from tensorway.registry.port import GROUP, Registration, Registry
 from tests.contract.registry.conftest import Ground
 from tests.contract.registry.owner import CLAIM, ID, running_owner
@@ -166,7 +167,7 @@ async def test_a_value_may_have_half_a_mebibyte_and_no_more(registry: Registry) 
     value = bytes(512 * 1024)
     await registry.write("k", value)
     assert await registry.read("k") == value
-    for put in (registry.write, registry.create):
+    for put in (registry.write, registry.create, lambda key, value: registry.replace(key, b"", value)):
         with pytest.raises(FailedPrecondition, match="bytes, more than"):
             await put("k2", value + b"x")
     assert await registry.read("k2") is None
@@ -177,6 +178,39 @@ async def test_one_of_many_creates_a_document(ground: Ground) -> None:
     created = await asyncio.gather(*(each.create("k", str(number).encode()) for number, each in enumerate(registries)))
     assert sum(created) == 1
     assert await registries[0].read("k") == str(created.index(True)).encode()
+
+
+async def test_a_document_is_replaced_where_it_is_what_one_thinks(ground: Ground, registry: Registry) -> None:
+    key = "desired/model with spaces/…"
+    assert not await registry.replace(key, b"", b"1")
+    assert await registry.read(key) is None
+    assert await registry.create(key, b"")
+    assert not await registry.replace(key, b"1", b"2")
+    assert await registry.replace(key, b"", b"1")
+    assert not await registry.replace(key, b"", b"2")
+    assert await registry.replace(key, b"1", b"1")
+    assert await (await ground.open()).replace(key, b"1", b"3")
+    assert await until(registry.watch_documents("desired/"), lambda documents: documents.get(key) == b"3") == {key: b"3"}
+
+
+async def test_one_of_many_replaces_a_document(ground: Ground) -> None:
+    registries = [await ground.open() for _ in range(8)]
+    await registries[0].write("k", b"before")
+    replaced = await asyncio.gather(*(each.replace("k", b"before", str(number).encode()) for number, each in enumerate(registries)))
+    assert sum(replaced) == 1
+    assert await registries[0].read("k") == str(replaced.index(True)).encode()
+
+
+async def test_no_change_of_many_is_lost(ground: Ground) -> None:
+    registries = [await ground.open() for _ in range(4)]
+
+    async def count(registry: Registry) -> None:
+        for _ in range(5):
+            await amend(registry, "k", lambda document: str(int(document or b"0") + 1).encode())
+
+    await asyncio.gather(*map(count, registries))
+    assert await registries[0].read("k") == b"20"
+    assert await amend(registries[0], "k", lambda document: None) == b"20"
 
 
 async def test_a_claim_names_its_holder_to_all(ground: Ground, registry: Registry) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from google.protobuf.message import DecodeError
 
 from tensorway.errors import InvalidRequest
+from tensorway.registry.amending import amend
 from tensorway.registry.port import DESIRED, Registry
 from tensorway.signature import TensorSpec
 from tensorway.transport.port import Call, Server
@@ -66,7 +68,7 @@ class ModelServicer:
         check_replicas(spec, request.replicas)
         key = f"{DESIRED}{spec.model}"
         async with answered_in_time(call):
-            await self._registry.write(key, with_replicas(spec, request.replicas, await self._registry.read(key)))
+            await amend(self._registry, key, partial(with_replicas, spec, request.replicas))
         return model_pb2.ScaleModelResponse(model=_write(replace(model, num_replicas=request.replicas))).SerializeToString()
 
 
