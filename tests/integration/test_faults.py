@@ -17,7 +17,7 @@ import pytest
 
 from tensorway import AsyncClient
 from tensorway.errors import TensorwayError, Unavailable
-from tensorway.registry.port import GROUP, NODE, ORCHESTRATOR
+from tensorway.registry.port import GROUP, NODE, NODES, ORCHESTRATOR
 from tests.integration.conftest import MODELS, Mesh, running_mesh
 
 #: Longer than any group needs to be formed anew on a busy machine.
@@ -128,6 +128,14 @@ async def test_a_killed_node_takes_its_ranks_along_and_another_takes_over(tmp_pa
     async with running_mesh(tmp_path, "identity", nodes=2) as mesh, traffic(mesh.endpoint) as load:
         (group,) = await mesh.leaders()
         victim = mesh.processes.members[group.metadata["node"]]
+        (other,) = {node.id for node in await mesh.members(NODE)} - {group.metadata["node"]}
+        # Neither what is no document at all nor the loss of its own takes a node down.
+        await mesh.registry.write(f"{NODES}stranger", b"{")
+        await mesh.registry.delete(f"{NODES}{other}")
+        async with asyncio.timeout(RECOVERY_S):
+            async for documents in mesh.registry.watch_documents(NODES):
+                if f"{NODES}{other}" in documents:
+                    break
         victim.process.kill()
         await wait_gone(int(group.metadata["pid"]))
         await victim.process.wait()

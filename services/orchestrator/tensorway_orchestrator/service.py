@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from tensorway.deadline import Deadline
-from tensorway.registry.port import GATEWAY, ORCHESTRATOR, Registration
+from tensorway.loads import LOADS
+from tensorway.registry.leftovers import Leftovers
+from tensorway.registry.port import GATEWAY, NODE, NODES, ORCHESTRATOR, Registration
 from tensorway.service import ServiceContext
 from tensorway.tls import OPEN_TO_MEMBERS, OPERATOR, MeshTls, ServerTls
 from tensorway.transport import LinkServer
@@ -18,6 +20,7 @@ from tensorway_orchestrator.roster_metrics import RosterCollector
 from tensorway_orchestrator.scaler import Scaler
 from tensorway_orchestrator.servicer import InferenceServicer
 from tensorway_orchestrator.settings import OrchestratorSettings
+from tensorway_orchestrator.shared_quarantine import SharedQuarantine
 
 #: Who may call what, where the mesh has certificates.
 _CALLERS: Final = {
@@ -58,12 +61,16 @@ class Orchestrator:
             context.id, context.registry, dispatcher.loads, dispatcher.called, lambda loads: metrics.loads(loads, dispatcher.wanted)
         )
         scaler = Scaler(context.id, context.registry, dispatcher.serving_specs)
+        quarantine = SharedQuarantine(context.id, context.registry, dispatcher.quarantines)
         context.set_readiness(_NO_GROUP)
         context.tasks.create_task(dispatcher.follow_desired(context.registry, self._judge), name="desired state")
         context.tasks.create_task(dispatcher.follow_revisions(context.registry), name="revisions")
         context.tasks.create_task(self._pool.run(), name="groups")
         context.tasks.create_task(board.run(), name="load board")
         context.tasks.create_task(scaler.run(), name="scaler")
+        context.tasks.create_task(quarantine.run(), name="quarantine")
+        context.tasks.create_task(Leftovers(context.registry, NODES, NODE).run(), name="leftovers of nodes")
+        context.tasks.create_task(Leftovers(context.registry, LOADS, ORCHESTRATOR).run(), name="leftovers of orchestrators")
 
     async def bound(self, endpoint: str) -> None:
         if self._settings.local_links and self._links is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -17,6 +16,7 @@ from tensorway.registry.patience import released
 from tensorway.registry.port import DESIRED, GROUP, NODE, NODES, ORCHESTRATOR, Lease, Registration, Registry
 from tensorway_worker.devices import DevicePool
 from tensorway_worker.group_report import GroupReport
+from tensorway_worker.node_documents import NodeDocument, ranks_by_host, read_node_documents
 from tensorway_worker.placement import Desired, Partner, Replica, partners_for, replica_to_move, replicas_to_claim, replicas_to_stop
 from tensorway_worker.rank import launch as words
 from tensorway_worker.settings import NodeSettings
@@ -39,8 +39,7 @@ class _View:
     #: Live nodes, and where their NodeService answers.
     nodes: dict[str, str] = field(default_factory=dict)
     offers: dict[str, frozenset[str]] = field(default_factory=dict)
-    #: Ranks that each node runs, for itself and for others.
-    num_ranks: Counter[str] = field(default_factory=Counter)
+    documents: dict[str, NodeDocument] = field(default_factory=dict)
     live_revisions: frozenset[str] = frozenset()
     #: Nodes with a live group, by revision.
     served_by: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -183,7 +182,7 @@ class ReplicaKeeper:
 
     def _partners(self, replica: Replica) -> tuple[Partner, ...]:
         view = self._view
-        return partners_for(replica, self._node, view.offers, view.nodes, view.num_ranks)
+        return partners_for(replica, self._node, view.offers, view.nodes, ranks_by_host(view.documents, view.nodes))
 
     def _on_nodes(self) -> None:
         """What a group over several nodes lacked may have come."""
@@ -228,16 +227,13 @@ class ReplicaKeeper:
 
     async def _follow_offers(self) -> None:
         async for documents in self._registry.watch_documents(NODES):
-            offers: dict[str, frozenset[str]] = {}
-            num_ranks: Counter[str] = Counter()
-            for key, document in documents.items():
-                words = json.loads(document)
-                offers[key.removeprefix(NODES)] = frozenset(words.get("revisions", ()))
-                num_ranks.update(rank["node"] for group in words.get("groups", ()) for rank in group.get("ranks", ()))
-            self._view.num_ranks = num_ranks
+            self._view.documents = read_node_documents(documents)
+            offers = {node: document.revisions for node, document in self._view.documents.items()}
             if offers != self._view.offers:
                 self._view.offers = offers
                 self._on_nodes()
+            if f"{NODES}{self._node}" not in documents:
+                self._report_changed.set()  # another took it away while this node could not be seen
 
     async def _follow_groups(self) -> None:
         async for registrations in self._registry.watch(GROUP):
