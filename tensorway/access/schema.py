@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -16,6 +17,10 @@ from tensorway.access.permissions import Grants, Permission, is_action, parse_pe
 ASYMMETRIC: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 SHARED: Final = ("HS256", "HS384", "HS512")
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+#: What readers of URLs disagree about is no URL here: white space, which some take out, and the backslash, which some take for a slash.
+_URL: Final = re.compile(r"https?://[^\s\\]+", re.IGNORECASE)
+#: Where an issuer describes itself (OpenID Connect Discovery 1.0, section 4).
+_DISCOVERY_PATH: Final = "/.well-known/openid-configuration"
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -91,14 +96,16 @@ class IssuerRule(_Part):
 
     #: Stands in principals and logs.
     name: Name
-    #: The claim `iss`, to the letter.
+    #: The claim `iss`, to the letter. With neither `jwks` nor `secret_file` it is an https URL (http on this machine), and the keys are
+    #: those of the key set that the issuer itself names there (OpenID Connect Discovery 1.0).
     issuer: str = Field(min_length=1, max_length=512)
     audience: Annotated[list[str], BeforeValidator(_listed)] = Field(min_length=1)
-    #: A JSON Web Key Set (RFC 7517): a file, or an https URL.
+    #: A JSON Web Key Set (RFC 7517): a file, or an https URL. "" means a secret, or the issuer's own word.
     jwks: str = ""
-    #: Authorities that vouch for the URL's server, PEM; "" means the system's.
+    #: Authorities that vouch for the servers of the issuer and of its key set, PEM; "" means the system's.
     ca_file: str = ""
-    #: The key set of a URL is fetched this often, and for a key that is not in it at most every `min_pause_s`.
+    #: The key set of a URL is fetched this often, after asking the issuer where it is if `jwks` does not say; and for a key that is not in
+    #: it at most every `min_pause_s`.
     refresh_s: float = Field(3600.0, ge=1, le=7 * 86400)
     min_pause_s: float = Field(30.0, ge=0.1, le=3600)
     #: A secret that is shared with the issuer, at least 32 bytes; only with the HS algorithms.
@@ -113,17 +120,26 @@ class IssuerRule(_Part):
     leeway_s: float = Field(30.0, ge=0, le=300)
     quota: str = ""
 
+    @property
+    def discovery_url(self) -> str:
+        """Where the issuer says where its keys are (OpenID Connect Discovery 1.0, section 4); "" where this rule says it."""
+        return "" if self.jwks or self.secret_file else self.issuer.removesuffix("/") + _DISCOVERY_PATH
+
     @model_validator(mode="after")
     def _one_kind_of_key(self) -> IssuerRule:
-        if bool(self.jwks) == bool(self.secret_file):
-            raise ValueError("give either jwks or secret_file")
+        if self.jwks and self.secret_file:
+            raise ValueError("give either jwks or secret_file, not both")
+        if self.discovery_url and not (is_safe_url(self.issuer) and not set(self.issuer) & set("?#@")):
+            raise ValueError(
+                "give jwks, or secret_file, or an issuer whose keys can be discovered: an https URL (http only on this machine) without "
+                "user, query or fragment"
+            )
         is_shared = {algorithm in SHARED for algorithm in self.algorithms}
         if is_shared != {bool(self.secret_file)}:
             raise ValueError(
                 "algorithms: HS256, HS384 and HS512 go with secret_file and with nothing else; whoever can check such a token can forge it"
             )
-        parts = urlsplit(self.jwks)
-        if "://" in self.jwks and parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
+        if "://" in self.jwks and not is_safe_url(self.jwks):
             raise ValueError("jwks: the URL must be https, or http on this machine")
         return self
 
@@ -164,6 +180,15 @@ class AccessFile(_Part):
     def quota(self, name: str) -> QuotaRule:
         """The quota of that name; no limits for ""."""
         return self.quotas[name] if name else QuotaRule()
+
+
+def is_safe_url(url: str) -> bool:
+    """Whether nobody on the way can exchange what is read there: https, or http on this machine."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    return _URL.fullmatch(url) is not None and bool(parts.hostname) and (parts.scheme == "https" or parts.hostname in _LOOPBACK)
 
 
 def beside(path: Path, name: str) -> Path:

@@ -61,7 +61,10 @@ class DirectoryRegistry:
 
     async def registrations(self, kind: str) -> tuple[Registration, ...]:
         folder = self._folder("registrations", kind)
-        found, _ = await asyncio.to_thread(_scan_locked, folder)
+        try:
+            found, _ = await asyncio.to_thread(_scan_locked, folder)
+        except OSError as error:
+            raise _failed(f"registry {folder} cannot be read: {error}") from error
         return _decode_all(found)
 
     async def watch(self, kind: str) -> AsyncIterator[tuple[Registration, ...]]:
@@ -75,6 +78,8 @@ class DirectoryRegistry:
             return await asyncio.to_thread(path.read_bytes)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise _failed(f"registry document {key!r} cannot be read: {error}") from error
 
     async def write(self, key: str, value: bytes) -> None:
         await self._place(key, value, os.replace)
@@ -101,7 +106,10 @@ class DirectoryRegistry:
 
     async def delete(self, key: str) -> None:
         path = self._folder("documents") / _file_name(key)
-        await asyncio.to_thread(path.unlink, missing_ok=True)
+        try:
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+        except OSError as error:
+            raise _failed(f"registry document {key!r} cannot be deleted: {error}") from error
 
     async def watch_documents(self, prefix: str) -> AsyncIterator[Mapping[str, bytes]]:
         def scan(folder: Path) -> tuple[dict[str, bytes], bool]:

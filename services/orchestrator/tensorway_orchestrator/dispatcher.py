@@ -31,6 +31,7 @@ from tensorway_orchestrator.lane_load import read_load
 from tensorway_orchestrator.load import LaneMeter
 from tensorway_orchestrator.metrics import LaneLevel, OrchestratorMetrics
 from tensorway_orchestrator.pool import Group
+from tensorway_orchestrator.quarantine import Quarantines
 from tensorway_orchestrator.retention import Retention
 from tensorway_orchestrator.retry import RetryPolicy
 from tensorway_orchestrator.roster import Roster
@@ -56,6 +57,8 @@ class Dispatcher:
         self._keys = KeyedRequests(settings.answer_retention_s, settings.max_kept_answer_bytes, metrics)
         self._handover = Handover(self._find, self._enter, self._count_fallback)
         self._lanes: dict[tuple[str, str], Lane | GenerationLane] = {}
+        #: What no revision runs again.
+        self.quarantines = Quarantines()
         metrics.levels = self.levels
         #: Model -> revision that serves.
         self._serving: dict[str, str] = {}
@@ -247,6 +250,7 @@ class Dispatcher:
             held=self._held,
             meter=LaneMeter.of(spec, time.monotonic(), self.called.set),
             zone=settings.zone,
+            quarantine=self.quarantines.of(spec.model, spec.revision),
         )
         lane.start()
         return lane

@@ -27,6 +27,7 @@ from tensorway_orchestrator.metrics import LaneMetrics
 from tensorway_orchestrator.open_requests import OpenRequests
 from tensorway_orchestrator.outlook import Outlook
 from tensorway_orchestrator.pool import Group
+from tensorway_orchestrator.quarantine import Quarantine
 from tensorway_orchestrator.recovery import Recovery
 from tensorway_orchestrator.request_trace import begun
 from tensorway_orchestrator.requests import Request, RequestQueue
@@ -58,6 +59,7 @@ class Lane:
     meter: LaneMeter
     #: Where this orchestrator runs; "" for nowhere in particular.
     zone: str = ""
+    quarantine: Quarantine = field(default_factory=Quarantine)
     roster: Roster = field(init=False)
     budget: RetryBudget = field(init=False)
     outlook: Outlook = field(init=False)
@@ -71,14 +73,13 @@ class Lane:
     _leave_timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
+        spec = self.spec
         self.budget = RetryBudget(self.policy.covering(MAX_BATCHES_IN_FLIGHT * self.limits.max_requests))
-        max_rows = self.limits.max_rows if self.limits.max_requests > 1 else 1
-        self.roster = Roster(max_rows, random.randrange, zone=self.zone)
-        if self.spec.hedging is not None:
-            self.hedger = Hedger(self.spec.hedging)
+        self.roster = Roster(self.limits.max_rows if self.limits.max_requests > 1 else 1, random.randrange, zone=self.zone)
+        self.hedger = None if spec.hedging is None else Hedger(spec.hedging)
         self.outlook = Outlook(self.roster)
-        self.open = OpenRequests(self.spec.model, self.queue, self.held, self.metrics, self.outlook)
-        self.recovery = Recovery(self.spec.model, self.open, self.policy, self.budget, self.hedger, self.metrics, self.pump)
+        self.open = OpenRequests(spec.model, self.queue, self.held, self.metrics, self.outlook)
+        self.recovery = Recovery(spec.model, self.open, self.policy, self.budget, self.hedger, self.metrics, self.pump, self.quarantine)
         self.wait = GroupWait(self.group_wait_s, self._give_up)
 
     @property

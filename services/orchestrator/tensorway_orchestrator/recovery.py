@@ -40,6 +40,7 @@ class Recovery:
     metrics: LaneMetrics
     #: Called when the queue has something that it had not.
     on_queued: Callable[[], None]
+    #: Other orchestrators' finds are in it, too.
     quarantine: Quarantine = field(default_factory=Quarantine)
     #: The revision was withdrawn: what is with a group may be answered, but nothing is sent again.
     is_closed: bool = False
@@ -109,10 +110,15 @@ class Recovery:
             self.on_queued()
 
     def _come_back(self, requests: Sequence[Request]) -> None:
+        now_s = time.monotonic()
         for request in requests:
-            if request.is_open and self.is_closed:
+            if not request.is_open:
+                continue
+            if self.is_closed:
                 self.open.fail(request, Unavailable(f"model {self.model!r} was withdrawn while the request waited for another attempt"))
-            elif request.is_open and not request.is_queued:
+            elif request.died_on and (refused := self.refusal(request, now_s)) is not None:
+                self.open.fail(request, refused)  # another, of the same content, was found deadly meanwhile
+            elif not request.is_queued:
                 self.open.queue.offer(request)
         self.on_queued()
 
@@ -126,7 +132,7 @@ class Recovery:
         request.death = death
         if len(request.died_on) >= MAX_DEATHS and len(attempt.requests) == 1:
             fingerprint = wire.fingerprint(request.head, request.payload)
-            self.quarantine.add(fingerprint, now_s)
+            self.quarantine.add(fingerprint, request.died_on, now_s)
             self.metrics.quarantined()
             self.open.fail(request, words.killed(self.model, fingerprint, request.died_on))
         else:

@@ -15,6 +15,7 @@ from tensorway.access.api_keys import is_whole, key_hash, new_key
 from tensorway.access.editing import add_key, remove_key, set_hashes
 from tensorway.access.permissions import Action, Grants, parse_permission
 from tensorway.access.reading import parse_access_file, read_access_file
+from tensorway.access.schema import IssuerRule
 from tensorway.client import Client
 from tensorway.client_credentials import credentials_of
 from tensorway.errors import FailedPrecondition, InvalidRequest, NotFound
@@ -64,10 +65,47 @@ def test_a_key_can_be_told_from_a_cut_one() -> None:
 
 def test_the_file_of_the_security_page_is_right() -> None:
     page = Path(__file__).parents[3] / "docs/security.md"
-    (text,) = re.findall(r"^```yaml$(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    text, discovered = re.findall(r"^```yaml$(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     access = parse_access_file(text, "security.md")
     assert access.grants(access.keys[0].allow).allows(Action.EXPLAIN, "minilm")
     assert access.issuers[0].scopes["mesh.run"] == ["app", "operator"]
+    assert access.issuers[0].discovery_url == ""
+    (issuer,) = parse_access_file(discovered, "security.md").issuers
+    assert issuer.discovery_url == "https://idp.example.com/.well-known/openid-configuration"
+
+
+@pytest.mark.parametrize(
+    ("issuer", "asked"),
+    [
+        ("https://idp.example.com", "https://idp.example.com/.well-known/openid-configuration"),
+        ("https://idp.example.com/realms/a/", "https://idp.example.com/realms/a/.well-known/openid-configuration"),
+        ("http://127.0.0.1:8080/a", "http://127.0.0.1:8080/a/.well-known/openid-configuration"),
+        ("http://[::1]:8080", "http://[::1]:8080/.well-known/openid-configuration"),
+        ("http://localhost", "http://localhost/.well-known/openid-configuration"),
+    ],
+)  # fmt: skip
+def test_an_issuer_alone_says_where_to_ask(issuer: str, asked: str) -> None:
+    assert IssuerRule(name="a", issuer=issuer, audience="b").discovery_url == asked  # type: ignore[arg-type]
+    assert IssuerRule(name="a", issuer=issuer, audience="b", jwks="keys.json").discovery_url == ""  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "issuer",
+    ["corp", "http://idp.example.com", "http://localhost.elsewhere.example", "http://localhost@idp.example.com", "ftp://localhost",
+     "https://", "//idp.example.com", "https://[::1", "https://idp.example.com/a b", "https://idp.example.com\\b",
+     "https://idp.example.com?tenant=1", "https://idp.example.com#b", "https://host:word@idp.example.com", "http://localhost\t.example.com"],
+)  # fmt: skip
+def test_an_issuer_that_cannot_be_asked_safely_needs_keys(issuer: str) -> None:
+    with pytest.raises(ValueError, match="give jwks, or secret_file, or an issuer"):
+        IssuerRule(name="a", issuer=issuer, audience="b")  # type: ignore[arg-type]
+    assert IssuerRule(name="a", issuer=issuer, audience="b", jwks="keys.json").issuer == issuer  # type: ignore[arg-type]
+
+
+def test_an_issuer_has_one_source_of_keys() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        IssuerRule(name="a", issuer="https://idp.example.com", audience="b", jwks="keys.json", secret_file="secret")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="HS256"):
+        IssuerRule(name="a", issuer="https://idp.example.com", audience="b", algorithms=["HS256"])  # type: ignore[arg-type]
 
 
 WRONG = """
@@ -88,10 +126,10 @@ anonymous: {allow: [infer:]}
 FAULTS = (
     "roles.app[1]", "roles.infer: is the name of an action", "quotas.slow: burst needs requests_per_s", "quotas.odd.requests_per_s",
     "keys[0].name", "keys[0].hashes[0].hash", "keys[0].allow: is neither", "keys[1].quota: is none of the quotas", "keys[2].hashes: List",
-    "keys[2].colour", "keys[2].not_after", "keys[2].name: stands twice", "keys[2].hashes[0]: stands twice", "issuers[0]: give either",
+    "keys[2].colour", "keys[2].not_after", "keys[2].name: stands twice", "keys[2].hashes[0]: stands twice",
+    "issuers[0]: give jwks, or secret_file, or an issuer whose keys can be discovered: an https URL",
     "issuers[1]: jwks: the URL must be https", "issuers[2]: algorithms: HS256", "issuers[3].algorithms[0]",
-    "issuers[3].scopes.s: is neither",
-    "issuers[3].issuer: stands twice", "certificates[0].name", "anonymous.allow[0]",
+    "issuers[3].scopes.s: is neither", "issuers[3].issuer: stands twice", "certificates[0].name", "anonymous.allow[0]",
 )
 
 

@@ -154,13 +154,13 @@ def test_a_key_set_leaves_out_what_must_not_be_trusted(caplog: pytest.LogCapture
     private = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(FORGER)) | {"kid": "private"}
     listed = [
         {"kty": "oct", "k": "c2VjcmV0", "kid": "secret"}, public_jwk(weak, "weak"), private, public_jwk(kid="enc", use="enc"), 7, {},
-        public_jwk(kid="good"),
+        public_jwk(kid="none", alg="none"), public_jwk(kid="good"),
     ]
     keys = parse_key_set(json.dumps({"keys": listed}).encode(), "here")
     assert [key.kid for key in keys] == ["good"]
     assert "1024 bits" in caplog.text
     assert private["d"] not in caplog.text
-    for nothing in (b"", b"[]", b"{}", b'{"keys": []}', b'{"keys": {}}'):
+    for nothing in (b"", b"[]", b"{}", b'{"keys": []}', b'{"keys": {}}', b"[" * 200_000):
         with pytest.raises(FailedPrecondition):
             parse_key_set(nothing, "here")
 

@@ -1,4 +1,4 @@
-"""The public keys of an issuer: a JSON Web Key Set (RFC 7517) from a file or a URL, or one secret."""
+"""The public keys of an issuer: a JSON Web Key Set (RFC 7517) from a file, a URL or where the issuer says; or one secret."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from typing import Any, Final
 
 import aiohttp
 import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from tensorway.access.schema import IssuerRule, beside
 from tensorway.errors import FailedPrecondition, Unavailable
+from tensorway_gateway.identity.discovery import Provider, parse_provider
+from tensorway_gateway.identity.download import download, shown
 
 _LOG = logging.getLogger(__name__)
-_FETCH_TIMEOUT_S: Final = 5.0
 #: After a fetch that failed: sooner than the next regular one.
 _RETRY_S: Final = 10.0
-_MAX_SET_BYTES: Final = 1024 * 1024
 _MIN_RSA_BITS: Final = 2048
 _MIN_SECRET_BYTES: Final = 32
 #: Algorithm -> key type and curve (RFC 7518, section 3.1; RFC 8037).
 _CURVES: Final = {"ES256": ("P-256",), "ES384": ("P-384",), "ES512": ("P-521",), "EdDSA": ("Ed25519", "Ed448")}
+
+#: What one key of a set can raise: whatever an issuer writes there, it costs that key and no more. `alg: none` is not implemented.
+_UNUSABLE: Final = (ValueError, TypeError, KeyError, NotImplementedError, RecursionError, UnsupportedAlgorithm, jwt.PyJWTError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +58,14 @@ def parse_key_set(document: bytes, where: str) -> tuple[SigningKey, ...]:
     where there is none."""
     try:
         listed = json.loads(document)["keys"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FailedPrecondition(f"{where}: is no JSON Web Key Set ({type(error).__name__})", field="jwks") from None
     keys: list[SigningKey] = []
     for index, item in enumerate(listed if isinstance(listed, list) else []):
         try:
             keys.append(_parse_key(item))
-        except (ValueError, TypeError, KeyError, jwt.PyJWTError) as error:
-            _LOG.warning("%s: key %d is left out: %s", where, index, error)
+        except _UNUSABLE as error:
+            _LOG.warning("%s: key %d is left out: %s: %s", where, index, type(error).__name__, error)
     if not keys:
         raise FailedPrecondition(f"{where}: holds no key that a token can be checked with", field="jwks")
     return tuple(keys)
@@ -92,11 +96,14 @@ class KeySet:
         """`path` is that of the access file; `before` the set of the same issuer under the file's last version, whose keys serve until
         others are fetched. Raises FailedPrecondition where a file cannot be used."""
         self.rule: Final = rule
-        self.url: Final = rule.jwks if "://" in rule.jwks else ""
+        #: What is asked for keys, or for where they are; "" where nothing is fetched.
+        self.url: Final = rule.discovery_url or (rule.jwks if "://" in rule.jwks else "")
         self._ca_file = str(beside(path, rule.ca_file)) if rule.ca_file else None
         self._on_change = on_change
         self._fetching = asyncio.Lock()
         self._tried_s = float("-inf")
+        #: What the issuer said last of itself; None where it was not asked, or has not answered yet.
+        self._provider: Provider | None = None
         self.files: tuple[Path, ...] = ()
         self.keys: tuple[SigningKey, ...] = ()
         self.secret = b""
@@ -109,7 +116,7 @@ class KeySet:
             self.files = (beside(path, rule.jwks),)
             self.keys = parse_key_set(_read(self.files[0]), str(self.files[0]))
         elif before is not None and before.rule == rule:
-            self.keys, self._tried_s = before.keys, before._tried_s
+            self.keys, self._tried_s, self._provider = before.keys, before._tried_s, before._provider
 
     def find(self, kid: str | None, algorithm: str) -> SigningKey | None:
         """The key that is named; without a name, the only one that fits."""
@@ -140,7 +147,7 @@ class KeySet:
         """Whether there was an answer; without, what is known stays. Only one at a time."""
         self._tried_s = time.monotonic()
         try:
-            keys = parse_key_set(await self._download(), self.url)
+            keys = await self._published()
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, FailedPrecondition) as error:
             _LOG.warning("the keys of issuer %s could not be fetched: %s: %s", self.rule.name, type(error).__name__, error)
             return False
@@ -151,20 +158,31 @@ class KeySet:
             self._on_change()
         return True
 
-    async def _download(self) -> bytes:
-        context: ssl.SSLContext | bool = True
+    async def _published(self) -> tuple[SigningKey, ...]:
+        """What the issuer publishes now. Raises FailedPrecondition for documents that do not serve, and what `download` raises."""
+        tls: ssl.SSLContext | bool = True
         if self._ca_file is not None:
-            context = await asyncio.to_thread(ssl.create_default_context, cafile=self._ca_file)
-        timeout = aiohttp.ClientTimeout(total=_FETCH_TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(self.url, ssl=context, allow_redirects=False) as response:
-            if response.status != 200:
-                raise ValueError(f"it answered {response.status}")
-            document = b""
-            async for part in response.content.iter_chunked(65536):
-                document += part
-                if len(document) > _MAX_SET_BYTES:
-                    raise ValueError(f"it is longer than {_MAX_SET_BYTES} bytes")
-            return document
+            tls = await asyncio.to_thread(ssl.create_default_context, cafile=self._ca_file)
+        async with aiohttp.ClientSession() as session:
+            where = self.url
+            if self.rule.discovery_url:
+                # Each time: an issuer may move its key set.
+                provider = parse_provider(await download(session, where, tls), self.rule)
+                self._note(provider)
+                where = provider.jwks_uri
+            return parse_key_set(await download(session, where, tls), shown(where))
+
+    def _note(self, provider: Provider) -> None:
+        """Tells what the issuer says of itself, once for each time that it says something else."""
+        if provider == self._provider:
+            return
+        self._provider = provider
+        _LOG.info("issuer %s says that its keys are at %s", self.rule.name, shown(provider.jwks_uri))
+        if not provider.signs_for(self.rule):
+            _LOG.warning(
+                "issuer %s says that it signs with %.200s, none of which is among the algorithms of the access file: %s",
+                self.rule.name, ", ".join(sorted(provider.algorithms)), ", ".join(self.rule.algorithms),
+            )
 
 
 def _numbers(key: SigningKey) -> object:
