@@ -162,6 +162,10 @@ TOKENS: Final = Dashboard("tensorway-tokens", "Tensorway / Tokens", "Models that
             (f"model:tensorway_gateway_first_delta_seconds:p50_5m{{{M}}}", "{{model}} p50"),
             (f"model:tensorway_gateway_first_delta_seconds:p95_5m{{{M}}}", "{{model}} p95"),
         ), "s"),
+        Panel("Between tokens", (
+            (f"model:tensorway_orchestrator_inter_token_seconds:p50_5m{{{M}}}", "{{model}} p50"),
+            (f"model:tensorway_orchestrator_inter_token_seconds:p99_5m{{{M}}}", "{{model}} p99"),
+        ), "s", said="As they reach the orchestrator: a client that reads slowly does not show."),
         Panel("First token", ((
             f"sum by (le) (increase(tensorway_gateway_first_delta_seconds_bucket{{{M}}}[$__rate_interval]))", "{{le}}"),), "s", "heatmap"),
         Panel("Messages to clients", ((

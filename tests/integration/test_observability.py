@@ -104,7 +104,10 @@ async def test_every_expression_finds_something_in_a_real_prometheus(world: Worl
     config.write_text(yaml.safe_dump(document))
     async with running_prometheus(world.folder, config) as prometheus:
         # Rates need two scrapes, rules those rates, and a model its first request.
-        for name in ("model:tensorway_orchestrator_tokens:rate1m > 0", "model:tensorway_gateway_slow:ratio_rate5m >= 0"):
+        for name in (
+            "model:tensorway_orchestrator_tokens:rate1m > 0", "model:tensorway_gateway_slow:ratio_rate5m >= 0",
+            "model:tensorway_orchestrator_inter_token_seconds:p99_5m > 0",
+        ):
             await prometheus.wait(name)
         targets = await prometheus.targets()
         assert {target["labels"]["job"] for target in targets} == {"tensorway-gateway", "tensorway-orchestrator", "tensorway-node"}

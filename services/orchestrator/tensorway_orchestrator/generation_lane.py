@@ -133,12 +133,11 @@ class GenerationLane:
             attempt.cancel()
             self.ended(attempt, Unavailable(f"group {attempt.group.id} broke off: {error}"))
             return
-        num_tokens = len(piece.token_ids)
-        if num_tokens or piece.is_finished:
-            if not attempt.has_progressed:
-                attempt.has_progressed = True
-                choice.record.progressed()
-            self.metrics.said(num_tokens)
+        if num_tokens := len(piece.token_ids):
+            self.metrics.said(num_tokens, choice.gap_s(time.monotonic()))
+        if (num_tokens or piece.is_finished) and not attempt.has_progressed:
+            attempt.has_progressed = True
+            choice.record.progressed()
         if piece.is_finished:
             piece.sign(choice.record.num_attempts, attempt.group.id)
         are_sent = [stream.say(each) for each in pieces]

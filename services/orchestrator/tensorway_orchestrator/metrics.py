@@ -96,6 +96,11 @@ class OrchestratorMetrics(Collector):
     def _stream_families(self) -> Iterator[Metric]:
         streams = self._streams
         yield _counter("tokens", "Tokens that groups have said.", streams, lambda counts: counts.num_tokens)
+        yield _histogram(
+            "inter_token_seconds",
+            "Time from a token of an answer to its next, lost groups and absent readers included; tokens that come in one message share "
+            "its time, and those of an answer's first message have none.", streams, lambda counts: counts.token_gap_s,
+        )
         yield _counter("stream_restarts", "Answers continued after their group was lost.", streams, lambda counts: counts.num_restarts)
         yield _counter("stream_resumes", "Token streams that a reader came back to.", streams, lambda counts: counts.num_resumes)
         yield GaugeMetricFamily(f"{_PREFIX}parked_streams", "Token streams kept for a reader that may come back.", self.num_parked())
@@ -191,8 +196,12 @@ class StreamMetrics:
     def sent(self, queue_s: float) -> None:
         self._model.queue_s.observe(queue_s)
 
-    def said(self, num_tokens: int) -> None:
-        self._streams.num_tokens += num_tokens
+    def said(self, num_tokens: int, gap_s: float | None) -> None:
+        """A message of `num_tokens` (at least one), `gap_s` seconds after its answer's tokens before it; None: it has none before."""
+        streams = self._streams
+        streams.num_tokens += num_tokens
+        if gap_s is not None:
+            streams.token_gap_s.observe(gap_s / num_tokens, num_tokens)
 
     def restarted(self) -> None:
         self._streams.num_restarts += 1

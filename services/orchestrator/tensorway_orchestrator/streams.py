@@ -60,6 +60,13 @@ class Choice:
     held: Piece | None = None
     #: None where it is not sampled.
     trace: RequestTrace | None = None
+    #: When its last tokens came, on the monotonic clock; 0: it has none.
+    said_s: float = 0.0
+
+    def gap_s(self, now_s: float) -> float | None:
+        """Tokens have come: seconds since those before them, whatever lay between. None for the first."""
+        before_s, self.said_s = self.said_s, now_s
+        return now_s - before_s if before_s else None
 
     def take(self, piece: Piece) -> tuple[Piece, ...]:
         """What becomes of a message of the group: none, one or two for the log. Raises InvalidRequest where it does not follow."""
@@ -153,6 +160,8 @@ def open_stream(generation: Generation, arrived_s: float, deadline_s: float) -> 
         Choice(
             index, stream, transcript, Record(num_attempts=int(bool(generation.so_far))),
             trace=generation.traces[index] if generation.traces else None,
+            # When another orchestrator passed on its last token is not known here, but not later than this.
+            said_s=arrived_s if transcript.token_ids else 0.0,
         )
         for index, transcript in enumerate(transcripts)
     )

@@ -79,7 +79,8 @@ class _Seen:
         return RankReport(
             self.rank, self.node, started.pid if started else 0, started.device if started else "", status.state, status.detail,
             status.fraction, status.num_steps, status.weights_bytes, status.memory_bytes, status.memory_limit_bytes, status.busy_share,
-            status.num_running_answers, status.num_waiting_answers, status.num_free_blocks,
+            status.num_running_answers, status.num_waiting_answers, status.num_free_blocks, status.num_exported_spans,
+            status.num_dropped_spans,
         )
 
 

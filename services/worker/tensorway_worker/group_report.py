@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,6 +36,9 @@ class RankReport:
     num_running_answers: int = 0
     num_waiting_answers: int = 0
     num_free_blocks: int = 0
+    #: In this epoch.
+    num_exported_spans: int = 0
+    num_dropped_spans: int = 0
 
 
 @dataclass(slots=True)
@@ -53,9 +57,24 @@ class GroupReport:
     endpoint: str = ""
     num_steps: int = 0
     ranks: tuple[RankReport, ...] = field(default=())
+    #: Spans that ranks of ended epochs have exported and dropped, by rank: counters that Prometheus reads never go down.
+    past_spans: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def forget_ranks(self) -> None:
+        """The epoch's ranks are gone; what they have counted stays. Harmless to repeat."""
+        self.past_spans = {rank: (num_exported, num_dropped) for rank, num_exported, num_dropped in self.spans()}
+        self.ranks = ()
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """Over all epochs: each rank, the spans that it has exported, and those that it has dropped."""
+        present = {one.rank: (one.num_exported_spans, one.num_dropped_spans) for one in self.ranks}
+        for rank in sorted({*self.past_spans, *present}):
+            counts = [of.get(rank, (0, 0)) for of in (self.past_spans, present)]
+            yield rank, sum(exported for exported, _ in counts), sum(dropped for _, dropped in counts)
 
     def to_document(self) -> dict[str, Any]:
         """As it stands in the node's document in the registry."""
         values = asdict(self)
         replica = values.pop("replica")
+        values.pop("past_spans")  # only Prometheus asks for them
         return {**values, "model": replica["model"], "revision": replica["revision"]}

@@ -67,7 +67,15 @@ def _ranks(reports: tuple[GroupReport, ...]) -> Iterable[Metric]:
         "tensorway_rank_memory_bytes", "Memory of the rank's device in use; on a CPU, its resident memory.", labels=_RANK
     )
     limit = GaugeMetricFamily("tensorway_rank_memory_limit_bytes", "Most that it may use; absent where there is no limit.", labels=_RANK)
+    # Without the device, which may be another one in the next epoch: these counters outlive their ranks.
+    spans = CounterMetricFamily(
+        "tensorway_rank_trace_spans", "Spans of the rank by what became of them, over all epochs; as tensorway_trace_spans_total tells a "
+        "service's own.", labels=(*_GROUP, "rank", "outcome"),
+    )
     for report in reports:
+        for index, num_exported, num_dropped in report.spans():
+            spans.add_metric((report.replica.model, report.id, str(index), "exported"), num_exported)
+            spans.add_metric((report.replica.model, report.id, str(index), "dropped"), num_dropped)
         for rank in report.ranks:
             labels = (report.replica.model, report.id, str(rank.rank), rank.device)
             ready.add_metric(labels, int(rank.state == words.READY))
@@ -77,4 +85,4 @@ def _ranks(reports: tuple[GroupReport, ...]) -> Iterable[Metric]:
             memory.add_metric(labels, rank.memory_bytes)
             if rank.memory_limit_bytes:
                 limit.add_metric(labels, rank.memory_limit_bytes)
-    return (ready, steps, busy, weights, memory, limit)
+    return (ready, steps, busy, weights, memory, limit, spans)

@@ -86,7 +86,7 @@ class GroupSupervisor:
         grace_s = 0.0
         acquired: tuple[tuple[str, ...], ...] = ()
         self._epoch, self._is_served = None, False
-        self.report.endpoint, self.report.ranks = "", ()
+        self.report.endpoint = ""
         self._show(words.STARTING)
         try:
             parallel = self.directory.yaml.parallel
@@ -106,7 +106,7 @@ class GroupSupervisor:
             if self._epoch is not None:
                 await asyncio.shield(self._epoch.end(grace_s))
             self.devices.release(acquired)
-            self.report.ranks = ()
+            self.report.forget_ranks()
         return self._is_served
 
     def _blocks(self, acquired: tuple[tuple[str, ...], ...]) -> tuple[Block, ...]:

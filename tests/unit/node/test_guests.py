@@ -10,17 +10,24 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 from supervised import Supervised, chain, gone, supervised
 
-from tensorway.errors import FailedPrecondition, InvalidRequest, NotFound, TensorwayError, Unavailable
+from tensorway.deadline import Deadline
+from tensorway.errors import FailedPrecondition, InvalidRequest, NotFound, PermissionDenied, TensorwayError, Unavailable
 from tensorway.model_directory import load_directory
-from tensorway.transport import AsyncChannel, create_server
-from tensorway.transport.port import Server, ServerOptions
-from tensorway.v1 import node_pb2
+from tensorway.telemetry.trace_context import new_trace
+from tensorway.tensors import DataType
+from tensorway.transport import AsyncChannel, create_link_client, create_server
+from tensorway.transport.port import Call, Server, ServerOptions
+from tensorway.v1 import link_pb2, node_pb2
 from tensorway_worker.devices import DevicePool
+from tensorway_worker.group_report import GroupReport
 from tensorway_worker.guest_host import GuestHost
 from tensorway_worker.guest_wire import RUN_RANKS, orders_message
+from tensorway_worker.metrics import NodeCollector
 from tensorway_worker.orders import BlockOrders
 from tensorway_worker.placement import Partner
 from tensorway_worker.settings import NodeSettings
@@ -55,12 +62,53 @@ async def host(model: Path, transport: str = "completion-queue", **settings: obj
 async def spread(folder: Path, code: str = "", **settings: object) -> AsyncIterator[tuple[Supervised, Host]]:
     """A group whose second rank lives on another node. The host outlives the group."""
     model = chain(folder, SPREAD, code)
-    async with host(model) as guest, supervised(model, folder, (guest.partner,), rank_interface="lo", **settings) as group:
+    traces = {name: value for name, value in settings.items() if name == "trace_endpoint"}
+    async with host(model, **traces) as guest, supervised(model, folder, (guest.partner,), rank_interface="lo", **settings) as group:
         yield group, guest
 
 
 def pids_of(group: Supervised) -> tuple[int, ...]:
     return tuple(rank.pid for rank in group.report.ranks)
+
+
+@dataclass
+class SpanReceiver:
+    """Refuses spans while `is_shut`."""
+
+    is_shut: bool = True
+
+    async def export(self, message: bytes, call: Call) -> bytes:
+        if self.is_shut:
+            raise PermissionDenied("no spans today")
+        return b""
+
+
+@asynccontextmanager
+async def span_receiver() -> AsyncIterator[tuple[SpanReceiver, str]]:
+    """A receiver of OTLP/gRPC, and its endpoint."""
+    receiver, server = SpanReceiver(), create_server(ServerOptions("127.0.0.1:0"))
+    server.add_unary("/opentelemetry.proto.collector.trace.v1.TraceService/Export", receiver.export)
+    endpoint = await server.start()
+    try:
+        yield receiver, endpoint
+    finally:
+        await server.stop(0.0)
+
+
+async def ask_traced(report: GroupReport) -> None:
+    """One sampled request, as an orchestrator sends it to the leader."""
+    x = np.ones((1, 2), np.float32).tobytes()
+    request = link_pb2.RequestHead(request_id="r", rows=1, traceparent=new_trace().to_wire())
+    request.inputs.add(name="x", dtype=DataType.FP32, shape=[1, 2], num_bytes=len(x))  # type: ignore[arg-type]
+    head = link_pb2.BatchHead(batch_id=1, epoch=report.epoch, requests=[request.SerializeToString()], remaining_us=[60_000_000])
+    link = create_link_client(report.endpoint)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(link.run())
+        await link.wait_connected(Deadline.after(30.0))
+        reply = await link.call(head.SerializeToString(), (x,), Deadline.after(30.0))
+        running.cancel()
+    (result,) = link_pb2.BatchReplyHead.FromString(reply.head).results
+    assert not result.HasField("error"), result.error
 
 
 @pytest.mark.parametrize("transport", ["completion-queue", "aio"])
@@ -77,16 +125,40 @@ async def test_two_nodes_form_one_group_and_its_end_ends_both_blocks(tmp_path: P
         assert guest.guests._empty.is_set()
 
 
-async def test_a_guest_that_is_killed_is_named_and_the_group_forms_anew(tmp_path: Path) -> None:
-    async with spread(tmp_path) as (group, _):
-        await group.ready()
+async def test_a_killed_guest_is_named_and_the_group_forms_anew_and_counts_its_spans_on(tmp_path: Path) -> None:
+    async with span_receiver() as (receiver, endpoint), spread(tmp_path, trace_endpoint=endpoint) as (group, _):
+        registry = CollectorRegistry()
+        NodeCollector(lambda: (group.report,), 0, registry)
+
+        def counted(outcome: str) -> list[float | None]:
+            name, labels = "tensorway_rank_trace_spans_total", {"model": "chain", "group": "chain.0@node-1", "outcome": outcome}
+            return [registry.get_sample_value(name, {**labels, "rank": rank}) for rank in ("0", "1")]
+
+        async def until_counted(outcome: str) -> None:
+            # The step, and each rank's part of it.
+            async with asyncio.timeout(60):
+                while counted(outcome) != [2, 1]:
+                    await asyncio.sleep(0.01)
+
+        report = await group.ready()
+        assert counted("dropped") == counted("exported") == [0, 0]
+        await ask_traced(report)
+        await until_counted("dropped")
+        assert counted("exported") == [0, 0]
+        receiver.is_shut = False
         before = pids_of(group)
-        reasons: list[str] = []
-        group.supervisor.on_change = lambda: (reasons.append(group.report.reason), group.on_change())[0]
+        seen: list[tuple[str, list[float | None]]] = []
+        group.supervisor.on_change = lambda: (seen.append((group.report.reason, counted("dropped"))), group.on_change())[1]
         os.kill(before[1], signal.SIGKILL)
-        await group.ready(2)
-        assert next(filter(None, reasons)).startswith("epoch 1: rank 1 on node-2 was killed by SIGKILL")
+        report = await group.ready(2)
+        reason = next(reason for reason, _ in seen if reason)
+        assert reason.startswith("epoch 1: rank 1 on node-2 was killed by SIGKILL")
         await gone(*before)
+        await ask_traced(report)
+        await until_counted("exported")
+        # None has gone down or up: not while there were no ranks, nor afterwards.
+        assert [*(numbers for _, numbers in seen), counted("dropped")] == [[2, 1]] * (len(seen) + 1)
+        assert "past_spans" not in report.to_document()
 
 
 async def test_a_guest_that_cannot_start_says_why_at_the_owner(tmp_path: Path) -> None:

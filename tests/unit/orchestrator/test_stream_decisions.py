@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from prometheus_client import CollectorRegistry
 from stream_bench import talker
 
 from tensorway.errors import DeadlineExceeded, InvalidRequest, ModelFailed, NotFound, Overloaded, TensorwayError, Unavailable
@@ -15,6 +16,7 @@ from tensorway_orchestrator.choice_queue import ChoiceQueue
 from tensorway_orchestrator.generation_admission import GenerationLoad, refusal
 from tensorway_orchestrator.generation_wire import WirePiece, read_generation, read_piece
 from tensorway_orchestrator.message_log import MessageLog
+from tensorway_orchestrator.metrics import OrchestratorMetrics
 from tensorway_orchestrator.prefixes import BLOCK_BYTES, MAX_BLOCKS, Place, SeenPrefixes, choose_place, hash_blocks
 from tensorway_orchestrator.retention import Retention
 from tensorway_orchestrator.retry import RetryBudget, RetryPolicy
@@ -251,6 +253,23 @@ def test_a_log_begins_where_the_lost_orchestrator_stopped() -> None:
 
 
 # Retention, queue, admission
+
+
+def test_tokens_of_one_message_share_its_time() -> None:
+    registry = CollectorRegistry()
+    metrics = OrchestratorMetrics(registry).streams("m")
+    made = stream(num_choices=2)
+    one, other = made.choices
+    # The first message has no time; the answers of one stream are apart.
+    for choice, num_tokens, now_s in ((one, 3, 5.0), (other, 1, 5.9), (one, 4, 6.0), (one, 1, 9.0)):
+        metrics.said(num_tokens, choice.gap_s(now_s))
+
+    def at_most(bound: str) -> float | None:
+        return registry.get_sample_value("tensorway_orchestrator_inter_token_seconds_bucket", {"model": "m", "le": bound})
+
+    assert [at_most(bound) for bound in ("0.15", "0.25", "2.5", "5.0", "+Inf")] == [0, 4, 4, 5, 5]
+    assert registry.get_sample_value("tensorway_orchestrator_inter_token_seconds_sum", {"model": "m"}) == pytest.approx(4.0)
+    assert registry.get_sample_value("tensorway_orchestrator_tokens_total", {"model": "m"}) == 9
 
 
 def test_parked_streams_expire_in_order_and_the_oldest_make_room() -> None:

@@ -91,6 +91,11 @@ async def test_the_same_group_formed_anew_goes_on_after_longer_than_the_wait_for
     await reader.end()
     check_whole(reader.messages, 2)
     assert (reader.finished().num_attempts, reader.finished().group) == (2, "g#2")
+    # The client has waited for its next token meanwhile.
+    num_gaps = bench.counted("tensorway_orchestrator_inter_token_seconds_count")
+    assert num_gaps == NUM_TOKENS - 1
+    assert bench.counted("tensorway_orchestrator_inter_token_seconds_bucket", model="talker", le="0.5") < num_gaps
+    assert bench.counted("tensorway_orchestrator_inter_token_seconds_sum") > 0.8
 
 
 async def test_a_choice_that_was_finished_is_not_begun_again(bench: Bench) -> None:
@@ -237,9 +242,14 @@ async def test_a_stream_whose_orchestrator_was_lost_goes_on_here(bench: Bench, n
             ids = [id for each in have if each.delta.choice == choice for id in each.delta.token_ids]
             is_finished = any(each.HasField("finished") and each.finished.choice == choice for each in have)
             head.so_far.add(token_ids=ids, is_finished=is_finished)
+        num_gaps = bench.counted("tensorway_orchestrator_inter_token_seconds_count")
         reader = bench.send(head)
         await reader.end()
         check_whole([*have, *reader.messages], 9, num_choices)
+        # The first token said here follows one, too, where the client had any of its answer.
+        num_said = sum(len(each.delta.token_ids) for each in reader.messages)
+        num_begun = sum(not so_far.token_ids for so_far in head.so_far)
+        assert bench.counted("tensorway_orchestrator_inter_token_seconds_count") - num_gaps == num_said - num_begun
         again = bench.resume(f"of-another-{place}", place)
         await again.end()
         assert again.messages == reader.messages

@@ -44,6 +44,8 @@ async def test_a_stream_comes_whole(bench: Bench) -> None:
     assert len(reader.started.stream_id) >= 16
     assert all((reader.finished(choice).num_attempts, reader.finished(choice).group) == (1, "g#1") for choice in range(3))
     assert bench.counted("tensorway_orchestrator_tokens_total") == 3 * NUM_TOKENS
+    # Each token but the first of an answer.
+    assert bench.counted("tensorway_orchestrator_inter_token_seconds_count") == 3 * (NUM_TOKENS - 1)
     assert bench.counted("tensorway_orchestrator_requests_total", model="talker", code="OK") == 1
     await eventually(lambda: not bench.lane.groups["g#1"].num_in_flight)
 

@@ -123,6 +123,9 @@ class RankStatus:
     num_running_answers: int = 0
     num_waiting_answers: int = 0
     num_free_blocks: int = 0
+    #: Spans of this process that were exported, and that were lost because the receiver was away or too slow; 0 where nothing is traced.
+    num_exported_spans: int = 0
+    num_dropped_spans: int = 0
     #: Whether this failure only follows from another rank's.
     is_consequence: bool = False
     #: News of an adaptation (`adaptation_news.py`), JSON; empty for a rank that serves.

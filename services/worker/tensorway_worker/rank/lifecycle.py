@@ -78,7 +78,7 @@ class Rank:
         heartbeat = asyncio.create_task(report.heartbeat(self.launch.heartbeat_s))
         heartbeat.add_done_callback(self._on_heartbeat_end)
         try:
-            self._tracer = rank_tracer(self.launch)
+            self._tracer = facts.tracer = rank_tracer(self.launch)
             await self._serve(executor, report, facts, store)
         except _Stopped:
             return 0
