@@ -42,7 +42,7 @@ async def test_groups_that_cannot_start_back_off_and_say_why_in_every_place(tmp_
     code = models / "broken" / "model.py"
     code.write_text(code.read_text() + "\nraise RuntimeError('written in haste')\n")
     staged(models, 2, 1, "dies", settings={"dies": 1})
-    staged(models, 2, 1, "sleeps", settings={"sleeps": 1}, startup_timeout_s=9)
+    staged(models, 2, 1, "sleeps", settings={"sleeps": 1}, startup_timeout_s=16)
     staged(models, 1, 1, "good")
     words = {
         "broken": r"rank \d on node-1: load raised RuntimeError: written in haste \(model.py:\d+ in <module>\)",

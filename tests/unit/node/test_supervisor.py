@@ -94,12 +94,12 @@ async def _is_named(folder: Path, code: str, words: str) -> None:
 
 async def _a_rank_that_never_gets_ready_is_named(folder: Path, loads: asyncio.Event) -> None:
     """`loads` is set once all its ranks have come as far as they will."""
-    model = chain(folder, TWO, "time.sleep(600)", startup_timeout_s=12.0)
+    model = chain(folder, TWO, "time.sleep(600)", startup_timeout_s=16.0)
     async with supervised(model, folder) as group:
         await group.until(lambda report: report.state == "loading")
         loads.set()
         reason = await group.failed()
-        assert "on node-1 is not ready within startup_timeout_s=12 (state " in reason
+        assert "on node-1 is not ready within startup_timeout_s=16 (state " in reason
         # Rank 0 may be held up by it, and then is named, too.
         assert "about to misbehave" in reason[reason.index("rank 1 on node-1") :]
 
