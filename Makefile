@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODELS ?= models
 PYTEST_ARGS ?=
+# Test files run in so many processes side by side; PYTEST_WORKERS=0 runs them one after another.
+PYTEST_WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help install models consul toolchains stubs certs run up test test-unit test-integration check lock format protos descriptors bench bench-groups bench-tokens bench-routing \
@@ -65,10 +67,10 @@ run: install ## Fetch models, start a whole mesh here, show real answers, serve 
 	@exec $(BIN)/tensorway up $(MODELS) --demo
 
 test: install .venv-base/.installed .venv-triton/.installed models consul toolchains ## Set up and run every test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 test-unit: install ## Only the quick tests
-	$(BIN)/python -m pytest tests/unit tests/contract -m 'not models' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit tests/contract -m 'not models' -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 check: install ## Lint, types, house rules, contract and generated stubs
 	$(BIN)/ruff check .
