@@ -8,8 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODELS ?= models
 PYTEST_ARGS ?=
-# Test files run in so many processes side by side; PYTEST_WORKERS=0 runs them one after another.
-PYTEST_WORKERS ?= 2
+# On a machine with cores to spare, PYTEST_WORKERS=N runs test files in so many processes side by side.
+PYTEST_WORKERS ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help install models consul toolchains stubs certs run up test test-unit test-integration check lock format protos descriptors bench bench-groups bench-tokens bench-routing \

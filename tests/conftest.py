@@ -1,4 +1,4 @@
-"""How the tests are shared out where several processes run them (`make test` runs two: most wait more than they compute)."""
+"""How the tests are shared out where several processes run them (`make test PYTEST_WORKERS=4`)."""
 
 from __future__ import annotations
 

@@ -128,10 +128,9 @@ async def _adapt(request: node_pb2.AdaptModelRequest, node: str, registry: str, 
     from tensorway.v1 import node_pb2
 
     channel = AsyncChannel(node or await _only_node(registry), tls=given().member_tls(NODE))
-    stream = channel.stream(_ADAPT_MODEL)
+    stream = channel.server_stream(_ADAPT_MODEL, request.SerializeToString(), None)
     try:
         with _display(console, request.num_steps) as (progress, task):
-            await stream.write(request.SerializeToString())
             while (message := await stream.read()) is not None:
                 news = node_pb2.AdaptModelResponse.FromString(message)
                 if news.state == node_pb2.ADAPTATION_STATE_DONE:

@@ -21,7 +21,7 @@ _GONE: Final = (grpc.aio.BaseError, grpc.aio.AbortError)
 class AioCall:
     """See `tensorway.transport.port.Call`."""
 
-    __slots__ = ("_callbacks", "_is_cancelled", "_metadata", "_task", "context", "is_stopped", "method", "trailers")
+    __slots__ = ("_callbacks", "_is_cancelled", "_metadata", "_task", "context", "has_read", "is_stopped", "method", "trailers")
 
     def __init__(self, context: Any, method: str) -> None:
         self.context: Final = context
@@ -29,6 +29,8 @@ class AioCall:
         self.trailers: tuple[tuple[str, str | bytes], ...] = ()
         #: True once the server's stop cancelled the handler.
         self.is_stopped = False
+        #: True once the handler has asked for a message.
+        self.has_read = False
         self._is_cancelled = False
         self._task = asyncio.current_task()
         self._callbacks: list[Callable[[], None]] = []
@@ -56,6 +58,7 @@ class AioCall:
 
     async def read(self) -> bytes | None:
         """The next message; None after the client's last."""
+        self.has_read = True
         try:
             message = await self.context.read()
         except _GONE as error:

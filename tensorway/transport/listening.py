@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import stat
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from tensorway.errors import Cancelled, FailedPrecondition, InvalidRequest, MessageTooLarge, Overloaded, Unavailable, Unimplemented
+from tensorway.errors import (
+    Cancelled,
+    FailedPrecondition,
+    InvalidRequest,
+    MessageTooLarge,
+    Overloaded,
+    TensorwayError,
+    Unavailable,
+    Unimplemented,
+)
 from tensorway.tls import ServerTls
 from tensorway.transport.port import Call, ServerOptions, Stream, StreamHandler, UnaryHandler
 
@@ -17,6 +29,8 @@ RETRY_AFTER_S: Final = 0.1
 #: Handlers cancelled at stop get this long to unwind before they are named in the log and left behind.
 UNWIND_S: Final = 5.0
 
+#: A client that says nothing before it hears something is refused after so long.
+_HEAR_OUT_S: Final = 1.0
 _UNIX: Final = "unix:"
 _LAST_PORT: Final = 65535
 
@@ -65,6 +79,14 @@ def _guard_stream(tls: ServerTls, handler: StreamHandler) -> StreamHandler:
         await handler(stream)
 
     return guarded
+
+
+async def hear_out(read: Callable[[], Awaitable[bytes | None]]) -> None:
+    """Lets a client that is refused before it was heard say its first message. grpc.aio's client takes a write that fails, because the
+    status came first, for the end of the RPC, and reads INTERNAL instead of why it was refused."""
+    with suppress(TimeoutError, TensorwayError):  # why it was refused matters more
+        async with asyncio.timeout(_HEAR_OUT_S):
+            await read()
 
 
 def server_arguments(options: ServerOptions) -> tuple[tuple[str, int], ...]:

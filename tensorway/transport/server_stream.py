@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from grpc._cython import cygrpc
 
-from tensorway.errors import InternalError
+from tensorway.errors import InternalError, TensorwayError
 from tensorway.transport.completion_queue import Rest
-from tensorway.transport.listening import gone, too_large
+from tensorway.transport.listening import gone, hear_out, too_large
 from tensorway.transport.port import StreamHandler
 from tensorway.transport.server_call import OK, CallOwner, ServerCall
 
@@ -20,7 +20,10 @@ _NO_FLAGS: Final = 0
 class StreamCall(ServerCall):
     """See `tensorway.transport.port.Stream`. One message is read ahead: core takes in the next while the handler works on this one."""
 
-    __slots__ = ("_arrived", "_handler", "_has_all", "_inbox", "_is_reading", "_is_writing", "_read_waiter", "_write_waiter", "_written_ok")
+    __slots__ = (
+        "_arrived", "_handler", "_has_all", "_has_read", "_inbox", "_is_reading", "_is_writing", "_read_waiter", "_write_waiter",
+        "_written_ok",
+    )  # fmt: skip
 
     def __init__(self, owner: CallOwner, event: Any, handler: StreamHandler) -> None:
         super().__init__(owner, event)
@@ -28,6 +31,7 @@ class StreamCall(ServerCall):
         self._inbox: deque[bytes] = deque()
         self._arrived: bytes | None = None
         self._has_all = False
+        self._has_read = False
         self._is_reading = False
         self._is_writing = False
         self._written_ok = False
@@ -42,6 +46,7 @@ class StreamCall(ServerCall):
 
     async def read(self) -> bytes | None:
         """See the port."""
+        self._has_read = True
         while not self._inbox:
             if self._is_cancelled:
                 raise gone()
@@ -113,12 +118,20 @@ class StreamCall(ServerCall):
 
     async def _run(self) -> None:
         try:
-            await self._handler(self)
+            await self._answer()
             self._send_status(None)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - becomes the RPC's status
             self._fail(error)
         finally:
             self._end()
+
+    async def _answer(self) -> None:
+        try:
+            await self._handler(self)
+        except TensorwayError:
+            if not self._has_read:
+                await hear_out(self.read)
+            raise
 
     def _start_read(self) -> None:
         self._is_reading = True

@@ -85,7 +85,9 @@ async def channel_to(endpoint: str) -> AsyncIterator[AsyncChannel]:
 
 
 @asynccontextmanager
-async def world_of(folder: Path, models: Path, *names: str) -> AsyncIterator[World]:
+async def world_of(
+    folder: Path, models: Path, *names: str, hung_after_s: float = HUNG_AFTER_S, max_step_s: float = MAX_STEP_S
+) -> AsyncIterator[World]:
     """A mesh of one node that serves these models, and whose temporary files lie in a folder of their own."""
     temporary = folder / "temporary"
     temporary.mkdir()
@@ -93,7 +95,7 @@ async def world_of(folder: Path, models: Path, *names: str) -> AsyncIterator[Wor
         patch.setenv("TMPDIR", str(temporary))
         async with (
             running_mesh(
-                folder, *names, models_dir=models, hung_after_s=HUNG_AFTER_S, heartbeat_s=0.25, max_step_s=MAX_STEP_S
+                folder, *names, models_dir=models, hung_after_s=hung_after_s, heartbeat_s=0.25, max_step_s=max_step_s
             ) as mesh,
             AsyncClient(mesh.endpoint, retries=0) as client,
             history_of(mesh) as history,

@@ -46,7 +46,8 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Worl
         real(models, "minilm", "whole", threads=1),
         real(models, "minilm", "pipeline", threads=1, parallel={"pipeline": 2, "micro_batches": 2, "verify": "off"}),
     ]
-    async with world_of(folder, models, *names) as made:
+    # Nothing hangs here: a machine that is busy elsewhere may take its time.
+    async with world_of(folder, models, *names, hung_after_s=10.0, max_step_s=60.0) as made:
         yield made
 
 

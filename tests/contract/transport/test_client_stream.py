@@ -39,6 +39,26 @@ async def test_the_servers_error_reaches_the_reader_with_its_kind(rig: Rig) -> N
     await stream.cancel()
 
 
+async def test_who_is_refused_before_the_first_message_still_reads_why(rig: Rig) -> None:
+    """The server knows at once, and the client writes later."""
+    begun = asyncio.Event()
+
+    async def refuse(stream: Stream) -> None:
+        begun.set()
+        raise FailedPrecondition("not like this", field="orders")
+
+    endpoint = await rig.serve(stream=refuse)
+    for _ in range(3):
+        begun.clear()
+        stream = rig.channel(endpoint).stream(STREAM)
+        await begun.wait()
+        await asyncio.sleep(0.05)
+        await stream.write(b"the first message")
+        with pytest.raises(FailedPrecondition, match="not like this"):
+            await stream.read()
+        await stream.cancel()
+
+
 async def test_nobody_there_is_unavailable(rig: Rig) -> None:
     stream = rig.channel("127.0.0.1:1").stream(STREAM)
     with pytest.raises(Unavailable):

@@ -61,9 +61,8 @@ class Asked:
         """The whole of one call; its last message."""
         self.losses.clear()
         channel = AsyncChannel(self.endpoint)
-        stream = channel.stream(ADAPT_MODEL)
+        stream = channel.server_stream(ADAPT_MODEL, node_pb2.AdaptModelRequest(**fields).SerializeToString(), None)
         try:
-            await stream.write(node_pb2.AdaptModelRequest(**fields).SerializeToString())
             message = None
             while (read := await stream.read()) is not None:
                 message = node_pb2.AdaptModelResponse.FromString(read)
