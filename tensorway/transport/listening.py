@@ -30,7 +30,7 @@ RETRY_AFTER_S: Final = 0.1
 UNWIND_S: Final = 5.0
 
 #: A client that says nothing before it hears something is refused after so long.
-_HEAR_OUT_S: Final = 1.0
+_HEAR_OUT_S: Final = 0.5
 _UNIX: Final = "unix:"
 _LAST_PORT: Final = 65535
 

@@ -167,7 +167,7 @@ async def test_links_show_and_check_certificates(bench: Bench, folder: Path) -> 
                 assert (await link.call(b"head", (), Deadline.after(TIMEOUT_S))).head == b"head"
             else:
                 with pytest.raises(Unavailable, match="is for gateway"):
-                    await link.wait_connected(Deadline.after(1.0))
+                    await link.wait_connected(Deadline.after(2.0))
             running.cancel()
 
 
