@@ -1,6 +1,8 @@
-"""How the tests are shared out where several processes run them (`make test PYTEST_WORKERS=4`)."""
+"""What holds for a run of the tests as a whole: its signals, and how it is shared out among processes (`make test PYTEST_WORKERS=4`)."""
 
 from __future__ import annotations
+
+import signal
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -14,6 +16,13 @@ class FileScheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return next((folder for folder in _TOGETHER if nodeid.startswith(folder)), nodeid.partition("::")[0])
+
+
+def pytest_configure() -> None:
+    # A shell without job control starts what runs in its background with Ctrl-C ignored, and children inherit that: tests of Ctrl-C would
+    # wait in vain.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
