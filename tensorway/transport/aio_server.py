@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, Final, NoReturn, TypeVar
 
 import grpc
@@ -20,7 +20,6 @@ from tensorway.transport.listening import (
     check_free,
     choices,
     full,
-    hear_out,
     is_full,
     no_request,
     server_arguments,
@@ -185,12 +184,8 @@ class _Handlers(grpc.GenericRpcHandler):
 
 
 async def _run(handler: StreamHandler, stream: AioStream) -> None:
-    try:
-        await handler(stream)
-    except TensorwayError:
-        if not stream.has_read:
-            await hear_out(stream.read)
-        raise
+    running: Awaitable[None] = handler(stream)
+    await running
 
 
 async def _abort(context: Any, trailers: Sequence[tuple[str, str | bytes]], error: TensorwayError) -> NoReturn:

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol, cast
 
 from tensorway.errors import (
     Cancelled,
@@ -31,17 +31,32 @@ UNWIND_S: Final = 5.0
 
 #: A client that says nothing before it hears something is refused after so long.
 _HEAR_OUT_S: Final = 0.5
+#: Refused streams of one server that wait for it at once.
+MAX_HEARD_OUT: Final = 100
 _UNIX: Final = "unix:"
 _LAST_PORT: Final = 65535
 
 
+class _ToldStream(Protocol):
+    """What both servers' streams tell besides the port."""
+
+    #: Whether the handler has asked for a message.
+    has_read: bool
+
+
 @dataclass(slots=True)
 class Routes:
-    """Handlers by full method name. A method has one handler. Where `tls` says who may call what, they see no other caller."""
+    """Handlers by full method name. A method has one handler. Where `tls` says who may call what, they see no other caller.
+
+    A client whose stream is refused before it was heard may say its first message: grpc.aio's client takes a write that fails, because the
+    status came first, for the end of the RPC, and reads INTERNAL instead of why it was refused.
+    """
 
     tls: ServerTls | None = None
     unary: dict[str, UnaryHandler] = field(default_factory=dict)
     streams: dict[str, StreamHandler] = field(default_factory=dict)
+    #: Refused streams that are heard out at this moment.
+    num_heard_out: int = 0
 
     def add_unary(self, method: str, handler: UnaryHandler) -> None:
         self._check_new(method)
@@ -49,7 +64,29 @@ class Routes:
 
     def add_stream(self, method: str, handler: StreamHandler) -> None:
         self._check_new(method)
-        self.streams[method] = handler if self.tls is None or self.tls.callers is None else _guard_stream(self.tls, handler)
+        guarded = handler if self.tls is None or self.tls.callers is None else _guard_stream(self.tls, handler)
+
+        async def heard(stream: Stream) -> None:
+            try:
+                await guarded(stream)
+            except TensorwayError:
+                if not cast("_ToldStream", stream).has_read:
+                    await self.hear_out(stream.read)
+                raise
+
+        self.streams[method] = heard
+
+    async def hear_out(self, read: Callable[[], Awaitable[bytes | None]]) -> None:
+        """Awaits the first message for a moment; not where many do so already, for whoever is refused must not keep others out."""
+        if self.num_heard_out >= MAX_HEARD_OUT:
+            return
+        self.num_heard_out += 1
+        try:
+            with suppress(TimeoutError, TensorwayError):  # why it was refused matters more
+                async with asyncio.timeout(_HEAR_OUT_S):
+                    await read()
+        finally:
+            self.num_heard_out -= 1
 
     def unknown(self, method: str) -> Unimplemented:
         """What a caller of a method without a handler reads."""
@@ -79,14 +116,6 @@ def _guard_stream(tls: ServerTls, handler: StreamHandler) -> StreamHandler:
         await handler(stream)
 
     return guarded
-
-
-async def hear_out(read: Callable[[], Awaitable[bytes | None]]) -> None:
-    """Lets a client that is refused before it was heard say its first message. grpc.aio's client takes a write that fails, because the
-    status came first, for the end of the RPC, and reads INTERNAL instead of why it was refused."""
-    with suppress(TimeoutError, TensorwayError):  # why it was refused matters more
-        async with asyncio.timeout(_HEAR_OUT_S):
-            await read()
 
 
 def server_arguments(options: ServerOptions) -> tuple[tuple[str, int], ...]:

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from grpc._cython import cygrpc
 
-from tensorway.errors import InternalError, TensorwayError
+from tensorway.errors import InternalError
 from tensorway.transport.completion_queue import Rest
-from tensorway.transport.listening import gone, hear_out, too_large
+from tensorway.transport.listening import gone, too_large
 from tensorway.transport.port import StreamHandler
 from tensorway.transport.server_call import OK, CallOwner, ServerCall
 
@@ -21,8 +21,8 @@ class StreamCall(ServerCall):
     """See `tensorway.transport.port.Stream`. One message is read ahead: core takes in the next while the handler works on this one."""
 
     __slots__ = (
-        "_arrived", "_handler", "_has_all", "_has_read", "_inbox", "_is_reading", "_is_writing", "_read_waiter", "_write_waiter",
-        "_written_ok",
+        "_arrived", "_handler", "_has_all", "_inbox", "_is_reading", "_is_writing", "_read_waiter", "_write_waiter", "_written_ok",
+        "has_read",
     )  # fmt: skip
 
     def __init__(self, owner: CallOwner, event: Any, handler: StreamHandler) -> None:
@@ -31,7 +31,8 @@ class StreamCall(ServerCall):
         self._inbox: deque[bytes] = deque()
         self._arrived: bytes | None = None
         self._has_all = False
-        self._has_read = False
+        #: Whether the handler has asked for a message.
+        self.has_read = False
         self._is_reading = False
         self._is_writing = False
         self._written_ok = False
@@ -46,7 +47,7 @@ class StreamCall(ServerCall):
 
     async def read(self) -> bytes | None:
         """See the port."""
-        self._has_read = True
+        self.has_read = True
         while not self._inbox:
             if self._is_cancelled:
                 raise gone()
@@ -118,20 +119,12 @@ class StreamCall(ServerCall):
 
     async def _run(self) -> None:
         try:
-            await self._answer()
+            await self._handler(self)
             self._send_status(None)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - becomes the RPC's status
             self._fail(error)
         finally:
             self._end()
-
-    async def _answer(self) -> None:
-        try:
-            await self._handler(self)
-        except TensorwayError:
-            if not self._has_read:
-                await hear_out(self.read)
-            raise
 
     def _start_read(self) -> None:
         self._is_reading = True
