@@ -60,7 +60,8 @@ class Leftovers:
 
     async def _remove(self, id: str) -> None:
         try:
-            # It may have come back this moment. One that comes back later still misses its document and writes it again.
+            # It may have come back this moment. One that comes back later still writes its document again: a node as soon as it misses it,
+            # an orchestrator when its load changes.
             if any(registration.id == id for registration in await self._registry.registrations(self._kind)):
                 return
             await self._registry.delete(f"{self._prefix}{id}")

@@ -162,7 +162,8 @@ async def _publish(registry: Registry, directory: ModelDirectory) -> None:
     wish: dict[str, Any] = {}
 
     def change(document: bytes | None) -> bytes:
-        wish.update(first_wish(spec, document))
+        nonlocal wish
+        wish = first_wish(spec, document)  # anew: of an attempt that another was faster than, nothing stays
         return json.dumps(wish).encode()
 
     await amend(registry, key, change)
